@@ -222,13 +222,26 @@ class SettingsApplied(Message):
     settings: SessionSettings
 
 
+class QueryRefused(Message):
+    """A query that cannot be answered; the context is unchanged."""
+
+    kind = "query_refused"
+    query_id: str
+    reason: str
+
+
 class Evicted(Message):
-    """The context was rebuilt from the system prompt, the pinned query and the frames from `first_seq`."""
+    """The context was rebuilt: system prompt, pinned query, memory, then everything from frame `first_seq`.
+
+    `pinned` is the text of the standing instruction ("" when there is none or it is still in the
+    window); `memory` is what was said in dropped turns, within its budget.
+    """
 
     kind = "evicted"
-    first_seq: int = Field(ge=-1)
+    first_seq: int = Field(ge=0)
     positions_before: int
     positions_after: int
+    pinned: str = ""
     memory: str = ""
 
 
@@ -244,6 +257,7 @@ LogEntry = (
     FramesDecided
     | FrameSkipped
     | QueryConsumed
+    | QueryRefused
     | ResponseStarted
     | ResponseTokens
     | ResponseEnded
