@@ -222,11 +222,11 @@ class SettingsApplied(Message):
     settings: SessionSettings
 
 
-class QueryRefused(Message):
-    """A query that cannot be answered; the context is unchanged."""
+class InputRefused(Message):
+    """A query or settings that this session cannot take; the context is unchanged."""
 
-    kind = "query_refused"
-    query_id: str
+    kind = "input_refused"
+    query_id: str | None
     reason: str
 
 
@@ -240,7 +240,6 @@ class Evicted(Message):
     kind = "evicted"
     first_seq: int = Field(ge=0)
     positions_before: int
-    positions_after: int
     pinned: str = ""
     memory: str = ""
 
@@ -257,7 +256,7 @@ LogEntry = (
     FramesDecided
     | FrameSkipped
     | QueryConsumed
-    | QueryRefused
+    | InputRefused
     | ResponseStarted
     | ResponseTokens
     | ResponseEnded
