@@ -83,7 +83,9 @@ class Stream(_Turn):
     @model_validator(mode="after")
     def _within(self) -> Self:
         if not 0 <= self.num_learned <= self.num_frames:
-            raise ValueError(f"learn is {self.learn}, expected true, false or a number from 0 to {self.num_frames} frames")
+            raise ValueError(
+                f"learn is {self.learn}, expected true, false or a number from 0 to {self.num_frames} frames"
+            )
         return self
 
 
@@ -281,9 +283,7 @@ class Template:
     Raises DialogueError if the tokenizer has no eos, or the separator is not one token.
     """
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, frames: FrameConfig, vocab_size: int | None = None
-    ) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, frames: FrameConfig, vocab_size: int | None = None) -> None:
         if tokenizer.eos_token_id is None:
             raise DialogueError("the tokenizer has no eos token, which ends every answer: set tokenizer.eos_token")
         self.tokenizer = tokenizer
@@ -297,8 +297,8 @@ class Template:
         self.separator_ids: list[int] = [token.id for token in self.plain.encode(frames.separator)]
         if frames.separator and len(self.separator_ids) != 1:
             raise DialogueError(
-                f"frames.separator {frames.separator!r} is {len(self.separator_ids)} tokens {self.separator_ids} of this "
-                "tokenizer, expected one: choose a separator that is one token"
+                f"frames.separator {frames.separator!r} is {len(self.separator_ids)} tokens {self.separator_ids} of "
+                "this tokenizer, expected one: choose a separator that is one token"
             )
         self.silence_id: int = self.separator_ids[0] if self.separator_ids else self.eos_id
         if self.plain.largest_id >= self.frame_id:

@@ -36,7 +36,8 @@ class TextTokenizer:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
             raise ValueError(
-                f"{type(tokenizer).__name__} is no fast tokenizer: load it with AutoTokenizer, from a folder with tokenizer.json"
+                f"{type(tokenizer).__name__} is no fast tokenizer: load one with AutoTokenizer from a folder that has "
+                "tokenizer.json"
             )
         self._plain = Tokenizer.from_str(json.dumps(_without_prefix_space(json.loads(backend.to_str()))))
         self._plain.encode_special_tokens = True
@@ -59,7 +60,9 @@ class TextTokenizer:
     def _spell(self, text: str, offset: int) -> list[TextToken]:
         """Tokens of `text`, which stands at `offset`; a control token's own string is cut and spelled out."""
         encoding = self._plain.encode(text, add_special_tokens=False)
-        tokens = [TextToken(i, offset + a, offset + b) for i, (a, b) in zip(encoding.ids, encoding.offsets, strict=True)]
+        tokens = [
+            TextToken(i, offset + a, offset + b) for i, (a, b) in zip(encoding.ids, encoding.offsets, strict=True)
+        ]
         for token in tokens:
             if token.id in self.control_ids:
                 cut = token.start - offset + 1
