@@ -125,7 +125,7 @@ class Context:
     def plan_eviction(self, keep: int, memory_tokens: int) -> Eviction:
         """The newest groups that fit in `keep` positions behind prompt, pinned query and memory."""
         lines = [line for line in self.memory.split("\n") if line]
-        pinned = self.pinned if len(self.template.tokenize(self.pinned)) <= keep // 4 else ""
+        pinned = self.pinned if len(self.template.plain.encode(self.pinned)) <= keep // 4 else ""
         pinned_at = next((i for i, g in enumerate(self.groups) if any(t.query == pinned for t in g.turns)), -1)
         base = self.base_cost(self.system_prompt, pinned, memory_tokens)
         first = len(self.groups)
@@ -169,7 +169,7 @@ class Context:
     def _write_base(self, writer: DialogueWriter, ids: list[int], pinned: str, memory: str) -> None:
         if memory:
             ids += writer.user(pinned) if pinned else writer.speak()
-            ids += self.template.tokenize(" " + memory.replace("\n", " "))
+            ids += writer.answer(memory.replace("\n", " "))
             ids += writer.close()
         elif pinned:
             writer.ask(pinned)
@@ -186,7 +186,7 @@ class Context:
         used = 0
         for line in reversed(lines):
             line = " ".join(line.split())
-            used += len(self.template.tokenize(" " + line))
+            used += len(self.template.plain.encode(" " + line))
             if used > budget:
                 break
             kept.insert(0, line)

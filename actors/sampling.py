@@ -1,0 +1,50 @@
+"""From logits to a decision at a frame or to the next token of a response."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from actors.messages import SessionSettings
+from actors.session import Decision
+
+
+def decide(logits: torch.Tensor, silence_id: int) -> list[Decision]:
+    """One decision per row of `logits` (R, V): P(silent) by softmax, and whether silence is the argmax.
+
+    VideoLLM-online, section 3.3; the threshold is applied by the session.
+    """
+    logits = logits.float()
+    silence = logits[:, silence_id]
+    p_silent = (silence - logits.logsumexp(-1)).exp()
+    wins = logits.argmax(-1) == silence_id
+    others = logits.clone()
+    others[:, silence_id] = -torch.inf
+    margin = (silence - others.amax(-1)).abs()
+    columns = torch.stack([p_silent, wins.float(), margin]).tolist()
+    return [Decision(p, w > 0.5, m) for p, w, m in zip(*columns, strict=True)]
+
+
+def sample(logits: torch.Tensor, settings: SessionSettings, said: Sequence[int], step: tuple[int, int]) -> int:
+    """The next token of a response from `logits` (V,): greedy at temperature 0, else by top-p.
+
+    `said` are the response's tokens so far (for the repetition penalty); `step` is (number of the
+    response, number of the token): together with the session's seed it fixes the draw, so a
+    response that is taken over by another replica goes on as it would have.
+    """
+    scores = logits.float()
+    if settings.repetition_penalty != 1.0 and said:
+        seen = torch.tensor(sorted(set(said)), device=scores.device)
+        scores = scores.clone()
+        values = scores[seen]
+        penalty = settings.repetition_penalty
+        scores[seen] = torch.where(values > 0, values / penalty, values * penalty)
+    if settings.temperature == 0:
+        return int(scores.argmax())
+    probabilities = torch.softmax(scores / settings.temperature, -1).cpu()
+    ordered, ids = probabilities.sort(descending=True)
+    outside = ordered.cumsum(0) - ordered >= settings.top_p
+    ordered[outside] = 0.0
+    generator = torch.Generator().manual_seed(hash((settings.seed, *step)) & 0x7FFFFFFFFFFFFFFF)
+    return int(ids[torch.multinomial(ordered, 1, generator=generator)])
