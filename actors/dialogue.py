@@ -24,101 +24,35 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, TypeAdapter, ValidationError, model_validator
 from transformers import PreTrainedTokenizerFast
 
 from actors.config import FrameConfig
 from actors.tokenizer import TextTokenizer
+from actors.turns import Assistant, DialogueError, Stream, System, Turn, User, parse
 
 IGNORED = -100
 FRAME_TEXT = "<v>"
 GENERATION_POINT = "Assistant:"
 
 
-class DialogueError(ValueError):
-    """A dialogue or a tokenizer cannot be used; says what was found and what is expected."""
-
-
-class _Turn(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class System(_Turn):
-    """Instructions before everything else; at most one, and first."""
-
-    role: Literal["system"] = "system"
-    content: str
-
-
-class User(_Turn):
-    """Something the user said."""
-
-    role: Literal["user"] = "user"
-    content: str
-
-
-class Assistant(_Turn):
-    """Something the assistant said; with `learn`, a target of training."""
-
-    role: Literal["assistant"] = "assistant"
-    content: str
-    learn: StrictBool = False
-
-
-class Stream(_Turn):
-    """Consecutive frames. `learn` says at how many, from the first, the decision is a target; true is all."""
-
-    role: Literal["stream"] = "stream"
-    num_frames: int = Field(ge=0)
-    learn: StrictBool | StrictInt = False
-
-    @property
-    def num_learned(self) -> int:
-        """How many frames, from the first, have a decision to learn."""
-        return self.num_frames * self.learn if isinstance(self.learn, bool) else self.learn
-
-    @model_validator(mode="after")
-    def _within(self) -> Self:
-        if not 0 <= self.num_learned <= self.num_frames:
-            raise ValueError(
-                f"learn is {self.learn}, expected true, false or a number from 0 to {self.num_frames} frames"
-            )
-        return self
-
-
-Turn = Annotated[System | User | Assistant | Stream, Field(discriminator="role")]
-_TURNS: TypeAdapter[list[Turn]] = TypeAdapter(list[Turn])
-
-
-def parse(conversation: Sequence[Turn | Mapping[str, object]]) -> list[Turn]:
-    """Turns from turns or plain mappings. Raises DialogueError for an unknown role or key, or a later system turn."""
-    try:
-        turns = _TURNS.validate_python(list(conversation))
-    except ValidationError as error:
-        problems = "; ".join(f"turn {'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors())
-        raise DialogueError(f"not a dialogue: {problems}") from None
-    for index, turn in enumerate(turns):
-        if index and isinstance(turn, System):
-            raise DialogueError(f"turn {index} is a system turn: a dialogue has at most one, and it is the first")
-    return turns
-
-
 @dataclass(frozen=True)
 class Rendered:
-    """A dialogue as a model reads it. All lists are as long as the sequence (T).
+    """A dialogue as a model reads it. All lists but `turns` are as long as the sequence (T).
 
     `labels` are targets, already shifted: `labels[i]` is what position i should predict, IGNORED
     where nothing is learned. `at_frame` marks the last token of every frame, where the model decides
-    to stay silent or to speak. `turn_of` is the index of the turn a position was written for.
+    to stay silent or to speak, `in_answer` what stands after "Assistant:", eos included. `turn_of` is
+    the index in `turns` (those given, without streams of no frame) a position was written for.
     """
 
     input_ids: list[int]
     labels: list[int]
     at_frame: list[bool]
+    in_answer: list[bool]
     turn_of: list[int]
+    turns: list[Turn]
     num_frames: int
     text: str
 
@@ -325,14 +259,14 @@ class Template:
         Raises DialogueError for what is no dialogue.
         """
         recorder = _Recorder(self.writer())
-        turns = [(i, turn) for i, turn in enumerate(parse(conversation)) if not _is_empty(turn)]
-        for (index, turn), (_, follower) in zip(turns, [*turns[1:], (0, None)], strict=True):
-            recorder.write(index, turn, frames_follow=isinstance(follower, Stream))
-        return recorder.finish(prompt)
-
-
-def _is_empty(turn: Turn) -> bool:
-    return isinstance(turn, Stream) and turn.num_frames == 0
+        turns = [turn for turn in parse(conversation) if not (isinstance(turn, Stream) and turn.num_frames == 0)]
+        for index, turn in enumerate(turns):
+            recorder.write(
+                index,
+                turn,
+                frames_follow=any(isinstance(follower, Stream) for follower in turns[index + 1 : index + 2]),
+            )
+        return recorder.finish(turns, prompt)
 
 
 class _Recorder:
@@ -343,6 +277,7 @@ class _Recorder:
         self.input_ids: list[int] = []
         self.labels: list[int] = []
         self.at_frame: list[bool] = []
+        self.in_answer: list[bool] = []
         self.turn_of: list[int] = []
         self.texts: list[str] = []
 
@@ -355,15 +290,24 @@ class _Recorder:
             writer.ask(turn.content)
         elif isinstance(turn, Assistant):
             self._keep(writer.speak(turn.learn))
+            start = len(self.input_ids)
             self._keep(writer.answer(turn.content, turn.learn))
             self._keep(writer.close(turn.learn))
+            self.in_answer[start:] = [True] * (len(self.input_ids) - start)
         else:
             self._write_stream(turn, frames_follow)
 
-    def finish(self, prompt: bool) -> Rendered:
+    def finish(self, turns: list[Turn], prompt: bool) -> Rendered:
         self._keep(self.writer.speak() if prompt else self.writer.rest())
         return Rendered(
-            self.input_ids, self.labels, self.at_frame, self.turn_of, sum(self.at_frame), "".join(self.texts)
+            input_ids=self.input_ids,
+            labels=self.labels,
+            at_frame=self.at_frame,
+            in_answer=self.in_answer,
+            turn_of=self.turn_of,
+            turns=turns,
+            num_frames=sum(self.at_frame),
+            text="".join(self.texts),
         )
 
     def _write_stream(self, turn: Stream, frames_follow: bool) -> None:
@@ -383,6 +327,7 @@ class _Recorder:
         self.labels += [*targets[1:], IGNORED] if targets else []
         self.input_ids += ids
         self.at_frame += [False] * len(ids)
+        self.in_answer += [False] * len(ids)
         self.turn_of += written.turns
         self.texts.append(written.text)
 
