@@ -28,7 +28,7 @@ from typing import Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from actors.config import DEFAULT_SYSTEM_PROMPT, Section
-from actors.dialogue import Assistant, Stream, System, Turn, User
+from actors.turns import Assistant, Stream, System, Turn, User
 from jobs.annotations import VideoAnnotation
 
 SPLITS = ("train", "validation")
