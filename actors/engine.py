@@ -8,9 +8,9 @@ cache; it is what other backends are compared with.
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from actors.config import Section
 from actors.messages import LogEntry, SessionSettings
@@ -24,14 +24,21 @@ class NoCapacity(RuntimeError):
 class EngineConfig(Section):
     """How sessions are run. Lengths are positions of the context (one per token).
 
+    `kv_memory_gb` is what the KV memory of all sessions may take (default 1 GB); `kv_memory_share`,
+    on CUDA, the share of the memory that is free after loading the model instead. A step appends about
+    `token_budget` positions; `speculate` is the most frames of a session that are appended in one step.
     `max_positions` is the longest context (default: the model's limit). `window_trigger` and
     `window_keep` are a session's defaults: rebuild before passing the first, down to the second.
     """
 
-    backend: Literal["reference"] = "reference"
+    backend: Literal["batched", "reference"] = "batched"
     device: str = "cpu"
     threads: int = Field(default=1, ge=1)
-    max_sessions: int = Field(default=8, ge=1)
+    max_sessions: int = Field(default=64, ge=1)
+    kv_memory_gb: float | None = Field(default=None, gt=0)
+    kv_memory_share: float | None = Field(default=None, gt=0, le=0.95)
+    token_budget: int = Field(default=256, ge=16)
+    speculate: int = Field(default=32, ge=1)
     max_positions: int | None = Field(default=None, gt=0)
     window_trigger: int | None = Field(default=None, gt=0)
     window_keep: int | None = Field(default=None, gt=0)
@@ -42,6 +49,14 @@ class EngineConfig(Section):
         capacity = min(self.max_positions or model_positions, model_positions)
         return Limits(capacity, self.window_trigger, self.window_keep, self.memory_tokens)
 
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        if self.kv_memory_gb is not None and self.kv_memory_share is not None:
+            raise ValueError("kv_memory_gb and kv_memory_share are both given: choose one")
+        if self.kv_memory_share is not None and not self.device.startswith("cuda"):
+            raise ValueError(f"kv_memory_share needs a CUDA device, device is {self.device!r}: give kv_memory_gb")
+        return self
+
 
 StepResult = list[tuple[str, list[LogEntry]]]
 
@@ -50,6 +65,8 @@ class Engine(Protocol):
     """What every backend does."""
 
     sessions: dict[str, Session]
+    idle: bool
+    """Whether the last `step` found nothing to do; it will not, until new input comes."""
 
     def open(self, session_id: str, settings: SessionSettings) -> Session:
         """A new session. Raises NoCapacity when memory is full, SessionError for settings that cannot hold."""

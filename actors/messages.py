@@ -100,7 +100,9 @@ class FrameTokens(Message):
         Raises MessageError for another shape, a wrong number of bytes, or a value that is not finite.
         """
         if self.shape != shape:
-            raise MessageError(f"frame {self.seq} has tokens of shape {list(self.shape)}, the model expects {list(shape)}")
+            raise MessageError(
+                f"frame {self.seq} has tokens of shape {list(self.shape)}, the model expects {list(shape)}"
+            )
         if len(self.data) != 2 * shape[0] * shape[1]:
             raise MessageError(
                 f"frame {self.seq} carries {len(self.data)} bytes, {list(shape)} in {self.dtype} needs {2 * shape[0] * shape[1]}"
@@ -173,7 +175,9 @@ class FramesDecided(Message):
     @model_validator(mode="after")
     def _paired(self) -> Self:
         if not self.times or len(self.times) != len(self.p_silent):
-            raise ValueError(f"{len(self.times)} times and {len(self.p_silent)} probabilities, expected as many, at least one")
+            raise ValueError(
+                f"{len(self.times)} times and {len(self.p_silent)} probabilities, expected as many, at least one"
+            )
         return self
 
 
@@ -249,6 +253,22 @@ class SessionEnded(Message):
 
     kind = "session_ended"
     reason: str
+
+
+class Window(Message):
+    """Where a takeover starts to read: kept in the session's meta by its owner, written before trimming.
+
+    `out_position` is the log entry that decided `first_seq`; `in_id` the input entry from which
+    bodies are kept; `consumed` the input entries at or after it that have already been acted on.
+    """
+
+    kind = "window"
+    first_seq: int = Field(ge=0)
+    out_position: int = Field(ge=0)
+    in_id: str
+    consumed: list[str]
+    recent: list[str]
+    settings: SessionSettings
 
 
 SessionInput = FrameTokens | FrameSkipped | Query | Interrupt | SettingsChange | End

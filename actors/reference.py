@@ -25,13 +25,16 @@ class ReferenceEngine:
         self.model = model.eval()
         self.template = template
         self.config = config
-        self.limits = config.limits(model.llm.config.max_position_embeddings)
+        self.limits = config.limits(model.base_llm.config.max_position_embeddings)
         self.sessions: dict[str, Session] = {}
+        self.idle = True
         self._caches: dict[str, DynamicCache] = {}
 
     def open(self, session_id: str, settings: SessionSettings) -> Session:
         if len(self.sessions) >= self.config.max_sessions:
-            raise NoCapacity(f"{len(self.sessions)} sessions are open, engine.max_sessions is {self.config.max_sessions}")
+            raise NoCapacity(
+                f"{len(self.sessions)} sessions are open, engine.max_sessions is {self.config.max_sessions}"
+            )
         session = Session(session_id, self.template, self.model.config.system_prompt, settings, self.limits)
         self.sessions[session_id] = session
         return session
@@ -42,6 +45,7 @@ class ReferenceEngine:
 
     def step(self) -> StepResult:
         results: StepResult = []
+        self.idle = True
         for session_id, session in list(self.sessions.items()):
             entries = session.advance()
             work = session.work()
@@ -50,7 +54,9 @@ class ReferenceEngine:
                 self.sessions[session_id] = self.sessions.pop(session_id)
             if entries:
                 results.append((session_id, entries))
+                self.idle = False
             if work is not None:
+                self.idle = False
                 break
         return results
 
@@ -67,14 +73,12 @@ class ReferenceEngine:
     def forward(self, session: Session, work: Work) -> torch.Tensor:
         """Append the work's positions to the session's cache; logits (T, V) of all of them."""
         if work.start == 0:
-            self._caches[session.session_id] = DynamicCache(config=self.model.llm.config)
+            self._caches[session.session_id] = DynamicCache(config=self.model.base_llm.config)
         cache = self._caches[session.session_id]
         device = self.model.device
         ids = torch.tensor([work.ids], device=device)
         frames = torch.stack(work.frames).to(device) if work.frames else None
-        output = self.model.llm(
-            inputs_embeds=self.model.embed(ids, frames), past_key_values=cache, use_cache=True
-        )
+        output = self.model.base_llm(inputs_embeds=self.model.embed(ids, frames), past_key_values=cache, use_cache=True)
         return output.logits[0]
 
     def decide(self, logits: torch.Tensor) -> list[Decision]:

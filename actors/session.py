@@ -144,7 +144,7 @@ class Session:
         self._timed: list[Query] = []
         self._cut = False
         self._end: End | None = None
-        self._recent: deque[str] = deque(maxlen=REMEMBERED_RESPONSES)
+        self.recent: deque[str] = deque(maxlen=REMEMBERED_RESPONSES)
         self._check(settings)
 
     # -- input -------------------------------------------------------------------------------
@@ -178,6 +178,11 @@ class Session:
     def waiting_frames(self) -> int:
         return len(self._frames)
 
+    @property
+    def pending(self) -> int:
+        """Positions of the context that are not in the KV cache yet."""
+        return self.context.length - self.fed
+
     # -- driven by the engine -------------------------------------------------------------------
 
     def advance(self) -> list[LogEntry]:
@@ -200,7 +205,7 @@ class Session:
         """
         if self.ended:
             return None
-        pending = self.context.length - self.fed
+        pending = self.pending
         run = [] if self.response else self._run(max_frames, max_positions - pending)
         if not self.response and not run:
             return self._prefill(max_positions) if pending > IDLE_PREFILL else None
@@ -293,7 +298,7 @@ class Session:
                 self.context.close_turn(entry.text)
                 self.suppressed += entry.reason == "duplicate"
                 if response.query_id is None:
-                    self._recent.append(entry.text)
+                    self.recent.append(entry.text)
                 self.response = None
                 self._cut = False
             case SettingsApplied():
@@ -429,7 +434,7 @@ class Session:
             reason == "eos"
             and self.settings.suppress_duplicates
             and response.query_id is None
-            and any(nearly_equal(text, earlier) for earlier in self._recent)
+            and any(nearly_equal(text, earlier) for earlier in self.recent)
         )
         return ResponseEnded(response_id=response.response_id, reason="duplicate" if duplicate else reason, text=text)
 
