@@ -1,0 +1,81 @@
+"""Encoded pictures from clients: bytes to RGB pixels, with bounds and without surprises."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+MAX_PIXELS = 4096 * 4096
+
+_OTHER_STARTS = {
+    b"GIF8": "a GIF",
+    b"BM": "a BMP",
+    b"II*\0": "a TIFF",
+    b"MM\0*": "a TIFF",
+    b"%PDF": "a PDF",
+    b"<svg": "an SVG",
+    b"<!DO": "HTML",
+    b"<htm": "HTML",
+    b"\x1aE\xdf\xa3": "a WebM video",
+}
+
+
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """The picture in `data` as uint8 (H, W, 3) RGB, upright, transparency on black.
+
+    Raises ValueError for anything but one whole JPEG, PNG or WebP picture of at most `max_pixels`.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check(image, max_pixels)
+            return np.asarray(_rgb(ImageOps.exif_transpose(image)))
+    except _Refused as refused:
+        raise ValueError(str(refused)) from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ValueError(_too_large("more", max_pixels)) from None
+    except Exception as error:  # Pillow's decoders raise many unrelated types on damaged data
+        raise ValueError(f"not an image: found {_describe(data, error)}, expected JPEG, PNG or WebP") from None
+
+
+class _Refused(Exception):
+    """A picture that could be read, but is not taken."""
+
+
+def _check(image: Image.Image, max_pixels: int) -> None:
+    """Before its pixels are decoded: the header alone says how much memory that takes."""
+    if image.width * image.height > max_pixels:
+        raise _Refused(_too_large(f"{image.width}x{image.height}", max_pixels))
+    pictures = getattr(image, "n_frames", 1)
+    if pictures > 1:
+        raise _Refused(f"not an image: found {image.format} animation of {pictures} pictures, expected one picture")
+
+
+def _too_large(found: str, max_pixels: int) -> str:
+    return (
+        f"image too large: found {found} pixels, expected at most {max_pixels:,} in all: scale it down before sending"
+    )
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits of grey, which `convert` would clip to white instead of scaling
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        picture = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, "black"), picture).convert("RGB")
+    return image.convert("RGB")
+
+
+def _describe(data: bytes, error: Exception) -> str:
+    if not data:
+        return "no bytes"
+    if not isinstance(error, UnidentifiedImageError):
+        return f"{len(data)} bytes of a damaged picture ({error})"
+    if data[4:8] == b"ftyp":
+        return "an MP4, HEIC or AVIF file"
+    for start, name in _OTHER_STARTS.items():
+        if data.startswith(start):
+            return name
+    return f"{len(data)} bytes that begin with {data[:8]!r}"
