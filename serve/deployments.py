@@ -1,0 +1,157 @@
+"""What the Ray Serve deployments host: thin shells around the classes that do the work.
+
+Encoder and LLM run their loops as tasks beside Serve's own calls; Serve asks `check_health` now and
+then, and a replica whose loop has died answers with the loop's error and is replaced. Replicas get
+`__del__` within `graceful_shutdown_timeout_s`: that is where loops are asked to stop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from typing import Protocol
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from actors.bus import Bus, BusConfig
+from actors.config import Config
+from actors.encoder import EncoderWorker, build_encoder_worker
+from actors.llm import LLMWorker, build_llm_worker
+from actors.redis_server import RedisServer
+from serve.api import API_KEY_VARIABLE, build_api
+from serve.gateway import Gateway, ServeConfig
+
+log = logging.getLogger(__name__)
+
+RedisAddress = str | DeploymentHandle
+
+
+class Worker(Protocol):
+    """A loop over the bus."""
+
+    async def run(self) -> None:
+        """Work until `stop`; an exception ends the replica."""
+
+    def stop(self) -> None:
+        """Let `run` return soon."""
+
+    def stats(self) -> dict[str, object]:
+        """Counters and rates."""
+
+
+class WorkerReplica:
+    """What encoder and LLM replicas have in common: one worker, its loop, its health and its end."""
+
+    worker: Worker
+    bus: Bus
+    _loop: asyncio.Task[None]
+
+    def start(self, worker: Worker, bus: Bus) -> None:
+        self.worker = worker
+        self.bus = bus
+        self._loop = asyncio.create_task(worker.run())
+
+    async def stats(self) -> dict[str, object]:
+        return {"pid": os.getpid(), **self.worker.stats()}
+
+    async def check_health(self) -> None:
+        if self._loop.done():
+            raise RuntimeError(f"the loop of {type(self.worker).__name__} has ended") from self._loop.exception()
+
+    async def __del__(self) -> None:
+        if hasattr(self, "_loop"):
+            self.worker.stop()
+            await asyncio.wait([self._loop])
+            await self.bus.close()
+
+
+class EncoderReplica(WorkerReplica):
+    """Frames to frame tokens, batched across sessions."""
+
+    async def __init__(self, config: Config, redis: RedisAddress) -> None:  # type: ignore[misc]  # Serve awaits it
+        bus = await connect(config, redis)
+        worker: EncoderWorker = await asyncio.to_thread(build_encoder_worker, config, bus, replica_name())
+        self.start(worker, bus)
+
+
+class LLMReplica(WorkerReplica):
+    """Sessions held by lease: decisions and responses."""
+
+    async def __init__(self, config: Config, redis: RedisAddress) -> None:  # type: ignore[misc]  # Serve awaits it
+        bus = await connect(config, redis)
+        worker: LLMWorker = await asyncio.to_thread(build_llm_worker, config, bus, replica_name())
+        self.fingerprint_value = worker.fingerprint
+        self.start(worker, bus)
+
+    async def fingerprint(self) -> str:
+        """What sessions must be opened for so that this model takes them."""
+        return self.fingerprint_value
+
+
+@serve.ingress()
+class GatewayReplica:
+    """Clients' connections."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, config: Config, redis: RedisAddress, encoder: DeploymentHandle, llm: DeploymentHandle
+    ) -> None:
+        configure_logging()
+        self._model = config.model
+        self._bus = await connect(config, redis)
+        self._gateway = Gateway(
+            self._bus,
+            fingerprint=await llm.fingerprint.remote(),
+            config=config.section("serve", ServeConfig),
+            workers={"encoder": lambda: _stats(encoder), "llm": lambda: _stats(llm)},
+        )
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return build_api(self._gateway, self._model.frames.resolution_px, os.environ.get(API_KEY_VARIABLE))
+
+    async def check_health(self) -> None:
+        await self._bus.ping()
+
+    async def __del__(self) -> None:
+        if hasattr(self, "_bus"):
+            await self._bus.close()
+
+
+class RedisReplica:
+    """The embedded Redis server of an application that was started without an address for one."""
+
+    def __init__(self) -> None:
+        self._server = RedisServer()
+        self._url = self._server.start()
+
+    async def url(self) -> str:
+        """Address of the server, on this node's loopback."""
+        return self._url
+
+    def __del__(self) -> None:
+        if hasattr(self, "_server"):
+            self._server.stop()
+
+
+async def connect(config: Config, redis: RedisAddress) -> Bus:
+    """The bus at an address or at the embedded server's."""
+    url = redis if isinstance(redis, str) else await redis.url.remote()
+    return await Bus.connect(config.section("bus", BusConfig), url)
+
+
+def configure_logging() -> None:
+    """Replicas are programs of their own: their loggers write to Ray's log of the worker."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+
+
+def replica_name() -> str:
+    """Name of this replica on the bus: unique, and told in leases."""
+    configure_logging()
+    return serve.get_replica_context().replica_id.unique_id
+
+
+async def _stats(handle: DeploymentHandle) -> dict[str, object]:
+    answer: dict[str, object] = await handle.stats.remote()
+    return answer

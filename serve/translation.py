@@ -1,0 +1,95 @@
+"""Log entries as the events that clients see. What a client did not ask for is left out here, never in the log."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from actors.messages import (
+    FramesDecided,
+    FrameSkipped,
+    InputRefused,
+    LogEntry,
+    QueryConsumed,
+    ResponseEnded,
+    ResponseStarted,
+    ResponseTokens,
+    SettingsApplied,
+)
+from serve.server_events import (
+    ErrorEvent,
+    ErrorInfo,
+    FrameDecided,
+    ItemAdded,
+    ItemContent,
+    ItemInfo,
+    ResponseCreated,
+    ResponseDone,
+    ResponseInfo,
+    ServerEvent,
+    SessionInfo,
+    SessionUpdated,
+    TextDelta,
+    TextDone,
+)
+
+STATUS = {"eos": "completed", "duplicate": "completed", "length": "incomplete", "interrupted": "cancelled"}
+
+
+class Translator:
+    """Remembers the open responses of one session, since only their start says when and to what they answer."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, ResponseStarted] = {}
+
+    def events(
+        self, position: int, entry: LogEntry, include: frozenset[str], info: SessionInfo
+    ) -> Iterator[ServerEvent]:
+        """One log entry as events, none for what is the server's own affair."""
+        match entry:
+            case FramesDecided():
+                if "frame_decided" in include:
+                    for offset, (at, p_silent) in enumerate(zip(entry.times, entry.p_silent, strict=True)):
+                        seq = entry.first_seq + offset
+                        yield FrameDecided(position=position, seq=seq, video_time=at, p_silent=p_silent)
+            case FrameSkipped():
+                message = f"frame at {entry.time:g} s was skipped: {entry.reason}"
+                yield _refusal(position, "frame_skipped", message, video_time=entry.time)
+            case QueryConsumed():
+                item = ItemInfo(id=entry.query_id, content=[ItemContent(text=entry.text)])
+                yield ItemAdded(position=position, video_time=entry.time, item=item)
+            case InputRefused():
+                yield _refusal(position, "refused", entry.reason, param=entry.query_id or "session")
+            case ResponseStarted():
+                self._open[entry.response_id] = entry
+                yield ResponseCreated(position=position, response=_response(entry, "in_progress"))
+            case ResponseTokens():
+                if entry.text:
+                    yield TextDelta(position=position, response_id=entry.response_id, delta=entry.text)
+            case ResponseEnded():
+                yield from self._ended(position, entry)
+            case SettingsApplied():
+                yield SessionUpdated(position=position, session=info)
+
+    def _ended(self, position: int, entry: ResponseEnded) -> Iterator[ServerEvent]:
+        started = self._open.pop(entry.response_id)
+        yield TextDone(position=position, response_id=entry.response_id, video_time=started.time, text=entry.text)
+        yield ResponseDone(position=position, response=_response(started, STATUS[entry.reason], entry.reason))
+
+
+def _response(started: ResponseStarted, status: str, reason: str | None = None) -> ResponseInfo:
+    return ResponseInfo.model_validate(
+        {
+            "id": started.response_id,
+            "status": status,
+            "reason": reason,
+            "item_id": started.query_id,
+            "video_time": started.time,
+        }
+    )
+
+
+def _refusal(
+    position: int, code: str, message: str, param: str | None = None, video_time: float | None = None
+) -> ErrorEvent:
+    info = ErrorInfo(type="invalid_request_error", code=code, message=message, param=param, video_time=video_time)
+    return ErrorEvent(position=position, error=info)
