@@ -98,7 +98,10 @@ def build(config: Config) -> Coverage:
         .flat_map(_read)
         .map(functools.partial(_build, data=data, system_prompt=system_prompt))
     )
-    results = [Result.model_validate_json(row["result"]) for row in tqdm(rows.iter_rows(), unit="video", disable=None)]
+    done = list(tqdm(rows.iter_rows(), unit="video", disable=None))
+    if problems := sorted(row["problem"] for row in done if row["problem"]):
+        raise AnnotationError("\n".join(problems))
+    results = [Result.model_validate_json(row["result"]) for row in done]
     # Blocks arrive in any order.
     results.sort(key=lambda result: (result.video_id, result.source))
     _refuse_repeated(results)
@@ -108,13 +111,19 @@ def build(config: Config) -> Coverage:
 
 
 def _read(row: Mapping[str, str]) -> Iterator[dict[str, str]]:
-    for annotation in read_annotations(row["file"]):
-        yield {"annotation": annotation.model_dump_json()}
+    """Rows with an annotation as JSON. A bad file becomes a row too: raised here, Ray would log it at length."""
+    try:
+        for annotation in read_annotations(row["file"]):
+            yield {"annotation": annotation.model_dump_json(), "problem": ""}
+    except AnnotationError as error:
+        yield {"annotation": "", "problem": str(error)}
 
 
 def _build(row: Mapping[str, str], data: DataConfig, system_prompt: str) -> dict[str, str]:
+    if row["problem"]:
+        return {"result": "", "problem": row["problem"]}
     annotation = VideoAnnotation.model_validate_json(row["annotation"])
-    return {"result": build_video(annotation, data, system_prompt).model_dump_json()}
+    return {"result": build_video(annotation, data, system_prompt).model_dump_json(), "problem": ""}
 
 
 def build_video(annotation: VideoAnnotation, data: DataConfig, system_prompt: str) -> Result:
