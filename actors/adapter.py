@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
+from pathlib import Path
+from typing import Literal
 
 from peft import LoraConfig, PeftModel, get_peft_model
-from pydantic import Field
+from pydantic import BaseModel, Field, ValidationError
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -38,7 +41,45 @@ class AdapterConfig(Section):
         )
 
 
-def attach(llm: PreTrainedModel, config: AdapterConfig, llm_name: str | None = None) -> PeftModel:
+class _Written(BaseModel, frozen=True):
+    """What of PEFT's `adapter_config.json` matters; anything that would change the arithmetic must be off."""
+
+    peft_type: Literal["LORA"]
+    r: int = Field(ge=1)
+    lora_alpha: int = Field(ge=1)
+    lora_dropout: float = Field(default=0, ge=0, lt=1)
+    target_modules: str | list[str]
+    modules_to_save: list[Literal["connector"]] | None = None
+    bias: Literal["none"] = "none"
+    use_dora: Literal[False] = False
+    use_rslora: Literal[False] = False
+    fan_in_fan_out: Literal[False] = False
+    rank_pattern: dict[str, int] = Field(default={}, max_length=0)
+    alpha_pattern: dict[str, int] = Field(default={}, max_length=0)
+    layers_to_transform: None = None
+    layer_replication: None = None
+
+
+def read_adapter_config(path: Path) -> AdapterConfig:
+    """The adapter that PEFT's `adapter_config.json` describes.
+
+    Raises ValueError for a damaged file and for kinds of LoRA that we would compute differently.
+    """
+    try:
+        written = _Written.model_validate(json.loads(path.read_text()))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, p['loc']))} is {p['input']!r}: {p['msg']}" for p in error.errors())
+        raise ValueError(f"{path} describes no adapter that we can load: {problems}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): expected PEFT's adapter configuration") from None
+    return AdapterConfig(
+        rank=written.r, alpha=written.lora_alpha, dropout=written.lora_dropout, targets=written.target_modules
+    )
+
+
+def attach(llm: PreTrainedModel, config: AdapterConfig) -> PeftModel:
     """`llm` frozen, with trainable LoRA matrices in it that change nothing yet.
 
     Raises ValueError if the targets match no module.
@@ -54,7 +95,7 @@ def attach(llm: PreTrainedModel, config: AdapterConfig, llm_name: str | None = N
     with warnings.catch_warnings():
         # peft 0.21 asks transformers 5.23 by a name that transformers has just renamed.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-        return get_peft_model(llm, config.lora(llm_name))
+        return get_peft_model(llm, config.lora())
 
 
 def _matches(targets: str | list[str], name: str) -> bool:

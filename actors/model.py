@@ -72,6 +72,12 @@ class VideoLLM(nn.Module):
         assert isinstance(base, PreTrainedModel)
         return base
 
+    def merge(self) -> None:
+        """Fold the adapter into the language model and freeze everything: nothing can be trained after it."""
+        if isinstance(self.llm, PeftModel):
+            self.llm = self.llm.merge_and_unload()
+        self.requires_grad_(False)
+
     def connect(self, frames: Tensor) -> Tensor:
         """Frame tokens (F, N, D) as LLM embeddings (F, N, H). Raises ValueError for another N or D."""
         if frames.ndim != 3 or tuple(frames.shape[1:]) != self.frame_shape:

@@ -1,0 +1,297 @@
+"""A checkpoint: a folder with everything that training added to a language model, ready to be served.
+
+    settings.json                  Settings: the ModelConfig it was trained with, fingerprints, video ids
+    connector.safetensors          the two linear layers
+    adapter_model.safetensors      LoRA matrices as PEFT writes them, with adapter_config.json beside them
+    head.safetensors               only where the checkpoint came with a head of its own
+    tokenizer.json, ...            the tokenizer
+
+The language model's weights stay where `model.llm` says. Folders of the public reference load too
+(`published.py`). A run without a checkpoint has to ask for `untrained` by name. Fingerprints let a
+replica take only sessions, and a trainer only frame tokens, that were made for the same weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import ValidationError
+from safetensors.torch import save_file
+from transformers import AutoConfig
+
+from actors import efficientnet
+from actors.adapter import AdapterConfig, attach, read_adapter_config
+from actors.cache import whole_folder
+from actors.causal_lm import causal_lm_folder, load_causal_lm, load_tokenizer
+from actors.config import ModelConfig, Section
+from actors.dialogue import Template
+from actors.model import VideoLLM
+from actors.parts import CheckpointError, Parts, assemble, collect, read_tensors
+from actors.published import CONFIG_FILE, WEIGHTS_FILE, read_published, write_published
+from actors.vision import EMBEDDED, vision_fingerprint
+from actors.weights import combine, digest, weights_folder
+
+FORMAT_VERSION = 1
+SETTINGS_FILE = "settings.json"
+CONNECTOR_FILE = "connector.safetensors"
+HEAD_FILE = "head.safetensors"
+
+
+class Settings(Section):
+    """What `settings.json` holds. `llm`, `features` and `parts` say which weights belong together:
+    digests of the language model and of our own files, and the feature fingerprint of the frame tokens."""
+
+    format_version: Literal[1]
+    model: ModelConfig
+    llm: str
+    features: str
+    parts: str
+    trained_videos: list[str]
+
+
+@dataclass
+class Loaded:
+    """A model with all that belongs to it.
+
+    `fingerprint` covers everything that decides what the model says (language model, parts, frames,
+    vision encoder, system prompt); `features` is the part of it that frame tokens must match, `llm` the
+    digest of the language model. The rest is what `save` needs.
+    """
+
+    model: VideoLLM
+    template: Template
+    config: ModelConfig
+    llm: str
+    features: str
+    fingerprint: str
+    trained_videos: list[str]
+    adapter: AdapterConfig | None
+    head: torch.Tensor | None = None
+
+
+def load(
+    source: ModelConfig | str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    merged: bool = True,
+) -> Loaded:
+    """The checkpoint of a ModelConfig, or the one in a folder of ours, in eval mode.
+
+    `merged` folds the adapter into the language model and freezes all, for serving; otherwise adapter and
+    connector stay trainable, in fp32 whatever the language model's dtype (default: the config's).
+    What a ModelConfig leaves to its defaults is taken from the checkpoint. Raises CheckpointError or
+    WeightsError saying what was found and what is expected.
+    """
+    folder, given = _asked(source)
+    settings = read_settings(folder) if (folder / SETTINGS_FILE).exists() else None
+    config = _published_config(folder, given) if settings is None else _agreed_config(folder, settings, given)
+    llm_folder = causal_lm_folder(config.llm)
+    llm_digest = digest(llm_folder)
+    if settings is not None and settings.llm != llm_digest:
+        raise CheckpointError(
+            f"{folder} was trained on {settings.model.llm} with digest {settings.llm}, but {config.llm} has "
+            f"{llm_digest}: set model.llm to the LLM it was trained on"
+        )
+    llm = load_causal_lm(llm_folder, dtype or getattr(torch, config.dtype), device)
+    parts = read_published(folder, llm) if settings is None else _read_parts(folder, settings)
+    model = assemble(llm, config, parts, trainable=not merged)
+    if merged:
+        model.merge()
+    return _loaded(
+        model.eval(),
+        config,
+        parts,
+        tokenizer_folder=llm_folder if settings is None else folder,
+        llm_digest=llm_digest,
+        features=vision_fingerprint(config) if settings is None else settings.features,
+        trained_videos=[] if settings is None else settings.trained_videos,
+    )
+
+
+def untrained(
+    config: ModelConfig,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    adapter: AdapterConfig | None = None,
+) -> Loaded:
+    """The bare language model with a random connector, the same for every process with the same seed.
+
+    With `adapter` it is where training starts: adapter and connector trainable and in fp32. Without, what
+    it says about a video is nonsense, which is why `load` never falls back to it.
+    """
+    llm_folder = causal_lm_folder(config.llm)
+    llm = load_causal_lm(llm_folder, dtype or getattr(torch, config.dtype), device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        wrapped = llm if adapter is None else attach(llm, adapter)
+        model = VideoLLM(wrapped, config, _vision_width(config))
+    if adapter is None:
+        model.requires_grad_(False)
+    else:
+        model.connector.float()
+    return _loaded(
+        model.eval(),
+        config,
+        collect(model, adapter),
+        tokenizer_folder=llm_folder,
+        llm_digest=digest(llm_folder),
+        features=vision_fingerprint(config),
+        trained_videos=[],
+    )
+
+
+def save(folder: str | Path, loaded: Loaded, trained_videos: Iterable[str] = ()) -> None:
+    """Write what `load` reads, whole or not at all; videos add to those of the checkpoint it came from.
+
+    Raises CheckpointError if the adapter was merged, which cannot be undone.
+    """
+    parts = collect(loaded.model, loaded.adapter, loaded.head)
+    settings = Settings(
+        format_version=FORMAT_VERSION,
+        model=loaded.config.model_copy(update={"checkpoint": None}),
+        llm=loaded.llm,
+        features=loaded.features,
+        parts=parts.digest(),
+        trained_videos=sorted({*loaded.trained_videos, *trained_videos}),
+    )
+    with whole_folder(Path(folder)) as part:
+        save_file(parts.connector, part / CONNECTOR_FILE, {"format": "pt"})
+        if parts.adapter is not None:
+            save_file(parts.lora, part / WEIGHTS_FILE, {"format": "pt"})
+            parts.adapter.lora(loaded.config.llm).save_pretrained(str(part))
+        if parts.head is not None:
+            save_file({"head": parts.head}, part / HEAD_FILE, {"format": "pt"})
+        loaded.template.tokenizer.save_pretrained(str(part))
+        (part / SETTINGS_FILE).write_text(settings.model_dump_json(indent=2))
+
+
+def export_published(folder: str | Path, loaded: Loaded) -> None:
+    """Write a checkpoint (loaded with merged=False) in the public reference's form. Raises CheckpointError."""
+    own_head = loaded.model.base_llm.get_output_embeddings().weight
+    assert isinstance(own_head, torch.Tensor)
+    write_published(Path(folder), collect(loaded.model, loaded.adapter, loaded.head), own_head, loaded.config.llm)
+
+
+def read_settings(folder: str | Path) -> Settings:
+    """A checkpoint's settings, without its weights. Raises CheckpointError."""
+    path = Path(folder) / SETTINGS_FILE
+    try:
+        fields = json.loads(path.read_text())
+        found = fields["format_version"]
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(
+            f"{path} is damaged or no checkpoint of ours: expected JSON with format_version"
+        ) from None
+    if found != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {found!r}, expected {FORMAT_VERSION}: use the program it was saved with"
+        )
+    try:
+        return Settings.model_validate(fields)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors())
+        raise CheckpointError(f"{path} is damaged: {problems}") from None
+
+
+def _asked(source: ModelConfig | str | Path) -> tuple[Path, ModelConfig | None]:
+    given = source if isinstance(source, ModelConfig) else None
+    name = source.checkpoint if isinstance(source, ModelConfig) else source
+    if name is None:
+        raise CheckpointError(
+            "model.checkpoint is not set: give a checkpoint folder (jobs.train makes one), "
+            "or ask for an untrained model by name"
+        )
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is no folder: model.checkpoint must name a checkpoint's folder")
+    return folder, given
+
+
+def _published_config(folder: Path, given: ModelConfig | None) -> ModelConfig:
+    if not (folder / CONFIG_FILE).exists():
+        names = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+        raise CheckpointError(
+            f"{folder} is no checkpoint: found {names}; expected {SETTINGS_FILE} (ours) or {CONFIG_FILE} "
+            "(the public reference's)"
+        )
+    if given is None:
+        raise CheckpointError(
+            f"{folder} has the public reference's form, which does not say what its frames are: load it through "
+            "a ModelConfig with llm, vision and frames (configs/llama3_8b_live1plus.yaml has the published one's)"
+        )
+    return given
+
+
+def _agreed_config(folder: Path, settings: Settings, given: ModelConfig | None) -> ModelConfig:
+    """What the checkpoint was trained with, except for what is set explicitly now and may differ."""
+    trained = settings.model.model_copy(update={"checkpoint": str(folder)})
+    if given is None:
+        return trained
+    if given.frames != trained.frames:
+        raise CheckpointError(
+            f"{folder} was trained on frames of {trained.frames}, the settings say {given.frames}: make them equal"
+        )
+    if given.vision != trained.vision and (features := vision_fingerprint(given)) != settings.features:
+        raise CheckpointError(
+            f"{folder} was trained on frame tokens of {settings.features}, model.vision {given.vision} makes "
+            f"{features}: set model.vision to the encoder it was trained with"
+        )
+    return trained.model_copy(update={key: getattr(given, key) for key in given.model_fields_set})
+
+
+def _read_parts(folder: Path, settings: Settings) -> Parts:
+    adapter, lora = None, {}
+    if (folder / CONFIG_FILE).exists():
+        try:
+            adapter = read_adapter_config(folder / CONFIG_FILE)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from None
+        lora = read_tensors(folder / WEIGHTS_FILE)
+    head = read_tensors(folder / HEAD_FILE).get("head") if (folder / HEAD_FILE).exists() else None
+    parts = Parts(read_tensors(folder / CONNECTOR_FILE), lora, adapter, head)
+    if (found := parts.digest()) != settings.parts:
+        raise CheckpointError(
+            f"the weights in {folder} have digest {found}, {SETTINGS_FILE} expects {settings.parts}: "
+            "files were lost, changed or mixed after it was saved; copy it again"
+        )
+    return parts
+
+
+def _vision_width(config: ModelConfig) -> int:
+    """D of the encoder's frame tokens, without loading it."""
+    if config.vision == EMBEDDED:
+        return efficientnet.WIDTH
+    vision = AutoConfig.from_pretrained(weights_folder(config.vision))
+    return int(getattr(vision, "vision_config", vision).hidden_size)
+
+
+def _loaded(
+    model: VideoLLM,
+    config: ModelConfig,
+    parts: Parts,
+    *,
+    tokenizer_folder: Path,
+    llm_digest: str,
+    features: str,
+    trained_videos: list[str],
+) -> Loaded:
+    covered = [llm_digest, parts.digest(), features, config.frames.model_dump_json(), config.system_prompt]
+    return Loaded(
+        model=model,
+        template=Template(load_tokenizer(tokenizer_folder), config.frames, vocab_size=model.frame_id),
+        config=config,
+        llm=llm_digest,
+        features=features,
+        fingerprint=f"{Path(config.llm).name}/{combine(covered)}",
+        trained_videos=trained_videos,
+        adapter=parts.adapter,
+        head=parts.head,
+    )
