@@ -1,0 +1,269 @@
+"""The clock, both decoders and the errors of actors/video.py, on the samples and on small made-up videos."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import logging
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from actors import video
+from actors.video import VideoError, encode_jpeg, fit_square, probe, read_frames
+
+SAMPLE_NAMES = ("big_buck_bunny_trailer", "hands_and_objects")
+RATES = (0.5, 1, 2, 5, 8, 10, 24000 / 1001, 24, 25, 29.97, 30, 60)
+needs_decord = pytest.mark.skipif(importlib.util.find_spec("decord") is None, reason="decord is not installed")
+each_backend = pytest.mark.parametrize("backend", [pytest.param("decord", marks=needs_decord), "pyav"])
+
+
+def grey(level: int, size: tuple[int, int] = (64, 32)) -> av.VideoFrame:
+    """A frame whose number can be read off its brightness."""
+    return av.VideoFrame.from_ndarray(np.full((size[1], size[0], 3), level, np.uint8), format="rgb24")
+
+
+def write_video(
+    path: Path, stamps: list[int], time_base: Fraction, size: tuple[int, int] = (64, 32), rotation: int = 0
+) -> Path:
+    """Frame k is a flat grey of level 8 + 4k, shown from stamps[k] on."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=30, options={"crf": "1", "g": "8"})
+        stream.width, stream.height = size
+        stream.pix_fmt = "yuv420p"
+        stream.time_base = stream.codec_context.time_base = time_base
+        if rotation:
+            stream.set_display_rotation(rotation)
+        for number, stamp in enumerate(stamps):
+            frame = grey(8 + 4 * number, size)
+            frame.pts, frame.time_base = stamp, time_base
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def levels(path: Path, fps: float, **options: object) -> list[int]:
+    """Numbers of the frames shown at each tick of a video by `write_video`."""
+    return [round((int(frame.image[32, 32, 0]) - 8) / 4) for frame in read_frames(path, fps, 64, **options)]
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Fraction]]:
+    """A video with uneven frame times, and those times in seconds."""
+    gaps = [1001, 2002, 500, 1502, 9009, 1001, 3003, 1, 1000, 15015, 1001, 7, 1994, 1001, 4004]
+    stamps = [0, *np.cumsum(gaps * 3).tolist()]
+    path = tmp_path_factory.mktemp("video") / "uneven.mp4"
+    return write_video(path, stamps, Fraction(1, 30000)), [Fraction(stamp, 30000) for stamp in stamps]
+
+
+@each_backend
+@pytest.mark.parametrize("fps", RATES)
+def test_a_tick_shows_the_first_frame_not_before_it(
+    uneven: tuple[Path, list[Fraction]], fps: float, backend: str
+) -> None:
+    path, times = uneven
+    rate = Fraction(fps).limit_denominator(10_000)
+    expected, tick = [], 0
+    while Fraction(tick) / rate <= times[-1]:
+        expected.append(next(number for number, time in enumerate(times) if time >= tick / rate))
+        tick += 1
+    assert levels(path, fps, backend=backend) == expected
+
+
+def test_times_lie_on_the_grid(sample_video: Path) -> None:
+    frames = list(read_frames(sample_video, 29.97, 16))
+    assert [frame.tick for frame in frames] == list(range(len(frames)))
+    assert [frame.time for frame in frames] == [float(tick / Fraction(2997, 100)) for tick in range(len(frames))]
+
+
+@needs_decord
+@pytest.mark.parametrize("name", SAMPLE_NAMES)
+def test_both_decoders_yield_the_same_frames(samples: Path, name: str) -> None:
+    path = samples / f"{name}.mp4"
+    pairs = zip(read_frames(path, 2, 224, backend="decord"), read_frames(path, 2, 224, backend="pyav"), strict=True)
+    for ours, theirs in pairs:
+        assert (ours.tick, ours.time) == (theirs.tick, theirs.time)
+        assert np.array_equal(ours.image, theirs.image)
+
+
+@each_backend
+def test_a_part_of_a_video_equals_that_part_of_the_whole(sample_video: Path, backend: str) -> None:
+    whole = list(read_frames(sample_video, 3, 32, backend=backend))
+    part = list(read_frames(sample_video, 3, 32, start=20.1, stop=24, backend=backend))
+    assert [frame.tick for frame in part] == list(range(61, 72))
+    for frame in part:
+        assert frame.time == whole[frame.tick].time
+        assert np.array_equal(frame.image, whole[frame.tick].image)
+
+
+@needs_decord
+def test_pyav_goes_on_where_decord_stops(sample_video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import decord
+
+    class FailsHalfWay(decord.VideoReader):
+        def __getitem__(self, position: int) -> object:
+            if position > 100:
+                raise decord.DECORDError("Error sending packet.")
+            return super().__getitem__(position)
+
+    whole = list(read_frames(sample_video, 2, 32, backend="pyav"))
+    monkeypatch.setattr(decord, "VideoReader", FailsHalfWay)
+    rescued = list(read_frames(sample_video, 2, 32))
+    assert [frame.tick for frame in rescued] == [frame.tick for frame in whole]
+    assert all(np.array_equal(a.image, b.image) for a, b in zip(rescued, whole, strict=True))
+    with pytest.raises(VideoError, match="decord cannot read it: Error sending packet"):
+        list(read_frames(sample_video, 2, 32, backend="decord"))
+
+
+def test_a_video_that_starts_late_starts_at_tick_zero(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "late.mkv", [5000 + 100 * k for k in range(20)], Fraction(1, 1000))
+    assert levels(path, 10) == list(range(20))
+
+
+@pytest.mark.parametrize("name", SAMPLE_NAMES)
+def test_samples_last_over_thirty_seconds_and_their_narration_fits(samples: Path, name: str) -> None:
+    info = probe(samples / f"{name}.mp4")
+    assert info.duration > 30
+    ends = [line.split(" --> ")[1] for line in (samples / f"{name}.srt").read_text().splitlines() if " --> " in line]
+    hours, minutes, seconds = ends[-1].replace(",", ".").split(":")
+    assert len(ends) >= 8
+    assert int(hours) * 3600 + int(minutes) * 60 + float(seconds) <= info.duration
+
+
+def test_probe_tells_size_rate_and_length(sample_video: Path) -> None:
+    info = probe(sample_video)
+    assert (info.width, info.height, info.frames) == (480, 270, 1323)
+    assert info.fps == pytest.approx(24)
+    assert info.duration == pytest.approx(1323 / 24)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "top", "left"), [(90, 160, 14, 0), (160, 90, 0, 14), (50, 50, 0, 0), (1, 640, 31, 0)]
+)
+def test_the_aspect_is_kept_and_the_rest_is_black(height: int, width: int, top: int, left: int) -> None:
+    square = fit_square(np.full((height, width, 3), 255, np.uint8), 64)
+    assert square.shape == (64, 64, 3)
+    shown = np.argwhere(square[:, :, 0] == 255)
+    assert shown.min(axis=0).tolist() == [top, left]
+    assert square.max(axis=2).sum() == len(shown) * 255
+
+
+def test_a_turned_video_is_shown_upright(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "turned.mp4", [0, 1, 2], Fraction(1, 10), rotation=90)
+    info = probe(path)
+    assert (info.width, info.height) == (32, 64)
+    image = next(iter(read_frames(path, 2, 64))).image
+    assert image[:, 32].min() > 0
+    assert image[32, :16].max() == 0
+
+
+def test_a_picture_is_a_video_of_one_frame(tmp_path: Path) -> None:
+    path = tmp_path / "picture.png"
+    Image.new("RGB", (40, 20), "red").save(path)
+    (frame,) = read_frames(path, 2, 20)
+    assert frame.time == 0
+    assert frame.image[10, 10].tolist() == [255, 0, 0]
+
+
+def test_jpeg_keeps_the_picture(sample_video: Path) -> None:
+    frame = next(read_frames(sample_video, 1, 224, start=12))
+    decoded = np.asarray(Image.open(io.BytesIO(encode_jpeg(frame.image))))
+    assert np.abs(decoded.astype(int) - frame.image).mean() < 4
+
+
+@pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf")])
+def test_an_impossible_rate_is_refused(sample_video: Path, fps: float) -> None:
+    with pytest.raises(ValueError, match=r"fps is .* expected both above 0"):
+        next(read_frames(sample_video, fps, 224))
+
+
+def bad_file(kind: str, folder: Path, sample: Path) -> Path:
+    path = folder / f"{kind}.mp4"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "empty":
+        path.touch()
+    elif kind == "text":
+        path = path.with_suffix(".txt")
+        path.write_text("not a video\n" * 100)
+    elif kind == "playlist":
+        path = path.with_suffix(".m3u8")
+        path.write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{sample}\n#EXT-X-ENDLIST\n")
+    elif kind == "cut":
+        data = sample.read_bytes()
+        path.write_bytes(data[: data.index(b"moov") + 100])
+    elif kind == "audio":
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("aac", rate=8000, layout="mono")
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+            frame.sample_rate = 8000
+            container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+    elif kind == "no_frames":
+        with av.open(str(path.with_suffix(".mkv")), "w") as container:
+            stream = container.add_stream("libx264", rate=10)
+            stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
+            container.start_encoding()
+        path = path.with_suffix(".mkv")
+    elif kind == "noise":
+        good = write_video(folder / "good.avi", [0, 1, 2], Fraction(1, 30)).read_bytes()
+        start, size = good.index(b"movi") + 4, good.index(b"idx1") - good.index(b"movi") - 4
+        path = path.with_suffix(".avi")
+        path.write_bytes(good[: start + 8] + bytes([255]) * (size - 8) + good[start + size :])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("missing", "no such file"),
+        ("folder", "not a file, expected one video file"),
+        ("empty", "empty (0 bytes), expected a video file"),
+        ("text", "not a readable video"),
+        ("playlist", "not a readable video"),
+        ("cut", "not a readable video"),
+        ("audio", "holds no video stream (found: audio)"),
+        ("no_frames", "none of its 0 video packets can be decoded"),
+        ("noise", "video packets can be decoded"),
+    ],
+)
+def test_what_is_no_video_is_refused_by_name(tmp_path: Path, sample_video: Path, kind: str, message: str) -> None:
+    path = bad_file(kind, tmp_path, sample_video)
+    for attempt in (lambda: probe(path), lambda: next(read_frames(path, 2, 32))):
+        with pytest.raises(VideoError) as raised:
+            attempt()
+        assert str(path) in str(raised.value)
+        assert message in str(raised.value)
+
+
+def test_a_truncated_video_yields_what_it_has(
+    sample_video: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = sample_video.read_bytes()
+    path = tmp_path / "truncated.mp4"
+    path.write_bytes(data[: len(data) * 6 // 10])
+    whole = list(read_frames(sample_video, 2, 32))
+    with caplog.at_level(logging.WARNING, logger=video.__name__):
+        part = list(read_frames(path, 2, 32))
+    assert 20 < len(part) < len(whole)
+    assert all(np.array_equal(a.image, b.image) for a, b in zip(part[:-2], whole, strict=False))
+    assert "truncated frames=" in caplog.text
+
+
+def test_damage_in_the_middle_leaves_the_rest(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_video(tmp_path / "damaged.mkv", list(range(40)), Fraction(1, 10))
+    with av.open(str(path)) as container:
+        packets = [bytes(packet) for packet in container.demux(video=0) if packet.size]
+    data = path.read_bytes()
+    for packet in packets[16:24]:
+        data = data.replace(packet, bytes(len(packet)))
+    path.write_bytes(data)
+    with caplog.at_level(logging.WARNING, logger=video.__name__):
+        shown = levels(path, 10, backend="pyav")
+    assert shown[:16] == list(range(16))
+    assert shown[24:] == list(range(24, 40))
+    assert "damaged_packets=8 frames_read=32" in caplog.text
