@@ -1,0 +1,311 @@
+"""Every Redis key name and every Lua script of the session log (docs/session-log.md).
+
+A script is what makes a step of the protocol whole: it reads, decides and writes at once. All keys
+of a script carry the hash tag of one partition and are handed over in KEYS, so a Redis Cluster runs
+it too. Redis 6.2 features only. The clock is the server's.
+
+Redis refuses writes when its memory is full, but only as the first write of a script. The scripts
+by which memory is freed or an owner keeps its lease therefore begin with a write that is always
+let through; those that admit new data begin with one that is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+GROUP = "encoders"
+SESSION_ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Names of all keys. `prefix` keeps several applications apart on one server."""
+
+    prefix: str
+
+    @property
+    def bus(self) -> str:
+        """Hash: number of partitions and generation, written by the first client."""
+        return f"{self.prefix}bus"
+
+    @property
+    def ready(self) -> str:
+        """Pub/sub channel, no key: says which frames stream has a new frame."""
+        return f"{self.prefix}frames:ready"
+
+    def frames(self, partition: int, bulk: bool = False) -> str:
+        return f"{self.prefix}frames:{'bulk:' if bulk else ''}{{{partition}}}"
+
+    def leases(self, partition: int) -> str:
+        return f"{self.prefix}leases:{{{partition}}}"
+
+    def wake(self, partition: int) -> str:
+        return f"{self.prefix}wake:{{{partition}}}"
+
+    def meta(self, partition: int, session_id: str) -> str:
+        return self._session(partition, session_id, "meta")
+
+    def input(self, partition: int, session_id: str) -> str:
+        return self._session(partition, session_id, "in")
+
+    def output(self, partition: int, session_id: str) -> str:
+        return self._session(partition, session_id, "out")
+
+    def session(self, partition: int, session_id: str) -> list[str]:
+        """The three keys of a session, in the order in which every script takes them."""
+        return [getattr(self, kind)(partition, session_id) for kind in ("meta", "input", "output")]
+
+    def _session(self, partition: int, session_id: str, kind: str) -> str:
+        return f"{self.prefix}session:{{{partition}}}:{session_id}:{kind}"
+
+
+# Milliseconds. A test may replace it to move the clock by hand.
+CLOCK = """
+local function now()
+  local time = redis.call('TIME')
+  return time[1] * 1000 + math.floor(time[2] / 1000)
+end
+"""
+
+KEEP = """
+local function keep(ttl_ms, first)
+  first = first or 1
+  for i = first, first + 2 do redis.call('PEXPIRE', KEYS[i], ttl_ms) end
+end
+"""
+
+# KEYS bus; ARGV partitions, generation -> the values in force
+REGISTER = """
+redis.call('HSETNX', KEYS[1], 'partitions', ARGV[1])
+redis.call('HSETNX', KEYS[1], 'generation', ARGV[2])
+return redis.call('HMGET', KEYS[1], 'partitions', 'generation')
+"""
+
+# KEYS meta, in, out, leases, wake; ARGV session, token, fingerprint, settings, ttl -> ok | exists
+OPEN = """
+local token = redis.call('HGET', KEYS[1], 'token')
+if token then return token == ARGV[2] and 'ok' or 'exists' end
+redis.call('HSET', KEYS[1], 'token', ARGV[2], 'state', 'open', 'epoch', 0, 'owner', '', 'fingerprint', ARGV[3],
+  'settings', ARGV[4], 'admitted', 0, 'decided', 0, 'position', 0, 'first_position', 0, 'in_id', '0-0',
+  'window', '', 'seen', now())
+redis.call('DEL', KEYS[2], KEYS[3])
+redis.call('ZADD', KEYS[4], 0, ARGV[1])
+redis.call('XADD', KEYS[5], 'MAXLEN', 64, '*', 's', ARGV[1])
+keep(ARGV[5])
+return 'ok'
+"""
+
+# KEYS meta, leases; ARGV session -> fields, whether an owner holds the lease, ms since the client was seen
+META = """
+local fields = redis.call('HGETALL', KEYS[1])
+if #fields == 0 then return false end
+local deadline = redis.call('ZSCORE', KEYS[2], ARGV[1])
+local held = deadline and tonumber(deadline) > now()
+return {fields, held and 1 or 0, now() - redis.call('HGET', KEYS[1], 'seen')}
+"""
+
+# KEYS meta, in, out, frames; ARGV session, writer, request, credits, longest, time, message, ttl, channel, hint
+# -> {ok, seq} | full | late | ended | gone
+ADMIT = """
+local meta = redis.call('HMGET', KEYS[1], 'state', 'admitted', 'decided', 'writer', 'request')
+if not meta[1] then return {'gone'} end
+local seq, request = tonumber(meta[2]), tonumber(ARGV[3])
+if meta[4] == ARGV[2] and request <= tonumber(meta[5]) then
+  if request == tonumber(meta[5]) then return {'ok', seq - 1} end
+  return {'late', meta[5]}
+end
+if meta[1] ~= 'open' then return {'ended'} end
+if seq - meta[3] >= tonumber(ARGV[4]) or redis.call('XLEN', KEYS[4]) >= tonumber(ARGV[5]) then return {'full'} end
+redis.call('XADD', KEYS[4], '*', 's', ARGV[1], 'n', seq, 't', ARGV[6], 'm', ARGV[7])
+redis.call('HSET', KEYS[1], 'admitted', seq + 1, 'writer', ARGV[2], 'request', ARGV[3], 'seen', now())
+keep(ARGV[8])
+redis.call('PUBLISH', ARGV[9], ARGV[10])
+return {'ok', seq}
+"""
+
+# KEYS meta, in, out; ARGV writer, number, kind, query_id, most, message, ttl -> ok | full | ended | gone
+# Queries are counted until the log says that they were consumed; other input until the log goes on.
+SEND = """
+local meta = redis.call('HMGET', KEYS[1], 'state', 'asked', 'consumed', 'changes', 'changes_at', 'position',
+  'sender', 'sent', 'last_query')
+if not meta[1] then return 'gone' end
+if meta[7] == ARGV[1] and tonumber(ARGV[2]) <= tonumber(meta[8]) then return 'ok' end
+if ARGV[3] == 'query' and meta[9] == ARGV[4] then return 'ok' end
+if meta[1] == 'ended' then return 'ended' end
+local most = tonumber(ARGV[5])
+local asked, changes = tonumber(meta[2] or 0), 0
+if ARGV[3] == 'query' then
+  if asked - (meta[3] or 0) >= most then return 'full' end
+  asked = asked + 1
+elseif ARGV[3] ~= 'end' then
+  if meta[5] == meta[6] then changes = tonumber(meta[4]) end
+  if changes >= most then return 'full' end
+  redis.call('HSET', KEYS[1], 'changes', changes + 1, 'changes_at', meta[6])
+end
+redis.call('XADD', KEYS[2], '*', 'm', ARGV[6])
+redis.call('HSET', KEYS[1], 'asked', asked, 'sender', ARGV[1], 'sent', ARGV[2], 'seen', now())
+if ARGV[3] == 'query' then redis.call('HSET', KEYS[1], 'last_query', ARGV[4]) end
+if ARGV[3] == 'end' then redis.call('HSET', KEYS[1], 'state', 'ending') end
+keep(ARGV[7])
+return 'ok'
+"""
+
+# KEYS meta, in, out of each session; ARGV ttl -> {state or '', position} of each
+TOUCH = """
+local found = {}
+for i = 1, #KEYS, 3 do
+  local meta = redis.call('HMGET', KEYS[i], 'state', 'position')
+  found[#found + 1] = {meta[1] or '', tonumber(meta[2] or 0)}
+  if meta[1] and meta[1] ~= 'ended' then
+    keep(ARGV[1], i)
+    redis.call('HSET', KEYS[i], 'seen', now())
+  end
+end
+return found
+"""
+
+# KEYS meta, in, out, frames; ARGV group, entry id, message, ttl -> ok | duplicate | gone
+PUBLISH = """
+local pending = redis.pcall('XPENDING', KEYS[4], ARGV[1], ARGV[2], ARGV[2], 1)
+if pending.err or #pending == 0 then return 'duplicate' end
+local state = redis.call('HGET', KEYS[1], 'state')
+local wanted = state and state ~= 'ended'
+if wanted then
+  redis.call('XADD', KEYS[2], '*', 'm', ARGV[3])
+  keep(ARGV[4])
+end
+redis.call('XACK', KEYS[4], ARGV[1], ARGV[2])
+redis.call('XDEL', KEYS[4], ARGV[2])
+return wanted and 'ok' or 'gone'
+"""
+
+# KEYS frames; ARGV group, idle ms -> names of consumers that were removed: idle for long, nothing pending
+FORGET = """
+local removed = {}
+local consumers = redis.pcall('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])
+if consumers.err then return removed end
+for _, fields in ipairs(consumers) do
+  local consumer = {}
+  for i = 1, #fields, 2 do consumer[fields[i]] = fields[i + 1] end
+  if consumer.pending == 0 and consumer.idle > tonumber(ARGV[2]) then
+    redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], consumer.name)
+    removed[#removed + 1] = consumer.name
+  end
+end
+return removed
+"""
+
+# KEYS leases; ARGV offset, count -> sessions whose lease is over
+EXPIRED = """
+return redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now(), 'LIMIT', ARGV[1], ARGV[2])
+"""
+
+# KEYS meta, leases; ARGV session, token, owner, fingerprint, lease -> epoch, or 0 when it is not to be had
+CLAIM = """
+local meta = redis.call('HMGET', KEYS[1], 'state', 'fingerprint', 'epoch', 'claim')
+if not meta[1] or meta[1] == 'ended' then
+  redis.call('ZREM', KEYS[2], ARGV[1])
+  return 0
+end
+if meta[4] == ARGV[2] then return tonumber(meta[3]) end
+local deadline, time = redis.call('ZSCORE', KEYS[2], ARGV[1]), now()
+if meta[2] ~= ARGV[4] or not deadline or tonumber(deadline) > time then return 0 end
+redis.call('ZREM', KEYS[2], ARGV[1])
+redis.call('ZADD', KEYS[2], time + ARGV[5], ARGV[1])
+redis.call('HSET', KEYS[1], 'epoch', meta[3] + 1, 'owner', ARGV[3], 'claim', ARGV[2])
+return meta[3] + 1
+"""
+
+# KEYS leases, meta of each session; ARGV lease, then session and epoch of each -> 1 renewed, 0 lost, of each
+RENEW = """
+local renewed = {}
+redis.call('ZREM', KEYS[1], '')
+for i = 2, #KEYS do
+  local meta = redis.call('HMGET', KEYS[i], 'state', 'epoch')
+  local held = meta[1] and meta[1] ~= 'ended' and meta[2] == ARGV[2 * i - 1]
+  if held then redis.call('ZADD', KEYS[1], now() + ARGV[1], ARGV[2 * i - 2]) end
+  renewed[#renewed + 1] = held and 1 or 0
+end
+return renewed
+"""
+
+# KEYS meta, leases, wake; ARGV session, epoch -> 1 released, 0 lost. The epoch goes up so that
+# nothing of this owner that is still under way, a renewal above all, has an effect any more.
+RELEASE = """
+if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[2] then return 0 end
+redis.call('ZREM', KEYS[2], ARGV[1])
+redis.call('HSET', KEYS[1], 'epoch', ARGV[2] + 1, 'owner', '')
+if redis.call('HGET', KEYS[1], 'state') ~= 'ended' then
+  redis.call('ZADD', KEYS[2], 0, ARGV[1])
+  redis.call('XADD', KEYS[3], 'MAXLEN', 64, '*', 's', ARGV[1])
+end
+return 1
+"""
+
+# KEYS meta, in, out; ARGV epoch, position, decided, consumed queries, resume, ttl, entries...
+# -> {ok | duplicate | stale, position of the log}
+# Two marks (time, position) at least `resume` apart let TRIM keep what a returning client may ask for.
+APPEND = """
+local meta = redis.call('HMGET', KEYS[1], 'epoch', 'position', 'state', 'decided', 'consumed', 'mark', 'mark_at')
+local position, first = tonumber(meta[2] or 0), tonumber(ARGV[2])
+if meta[1] ~= ARGV[1] or meta[3] == 'ended' then return {'stale', position} end
+local count = #ARGV - 6
+if first + count <= position and count > 0 then return {'duplicate', position} end
+if first ~= position then return {'stale', position} end
+for i = 1, count do redis.call('XADD', KEYS[3], string.format('%d-0', first + i), 'm', ARGV[6 + i]) end
+redis.call('HSET', KEYS[1], 'position', first + count, 'decided', math.max(ARGV[3], meta[4]),
+  'consumed', (meta[5] or 0) + ARGV[4])
+local time = now()
+if not meta[7] or time - meta[7] >= tonumber(ARGV[5]) then
+  redis.call('HSET', KEYS[1], 'old_mark', meta[6] or 0, 'old_mark_at', meta[7] or time, 'mark', first, 'mark_at', time)
+end
+keep(ARGV[6])
+return {'ok', first + count}
+"""
+
+# KEYS meta, in, out; ARGV epoch, window, in_id, position, resume, ttl -> 1 trimmed, 0 lost
+TRIM = """
+local meta = redis.call('HMGET', KEYS[1], 'epoch', 'state', 'first_position', 'mark', 'mark_at', 'old_mark',
+  'old_mark_at')
+if meta[1] ~= ARGV[1] or meta[2] == 'ended' then return 0 end
+local time, resume, safe = now(), tonumber(ARGV[5]), 0
+if meta[5] and time - meta[5] >= resume then safe = tonumber(meta[4])
+elseif meta[7] and time - meta[7] >= resume then safe = tonumber(meta[6]) end
+local first = math.max(meta[3], math.min(ARGV[4], safe))
+keep(ARGV[6])
+redis.call('HSET', KEYS[1], 'window', ARGV[2], 'in_id', ARGV[3], 'first_position', first)
+redis.call('XTRIM', KEYS[2], 'MINID', ARGV[3])
+redis.call('XTRIM', KEYS[3], 'MINID', string.format('%d-0', first + 1))
+return 1
+"""
+
+# KEYS meta, in, out, leases; ARGV session, epoch, ttl -> 1 ended, 0 lost
+END = """
+if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[2] then return 0 end
+redis.call('ZREM', KEYS[4], ARGV[1])
+redis.call('HSET', KEYS[1], 'state', 'ended', 'owner', '')
+keep(ARGV[3])
+return 1
+"""
+
+# KEYS meta, in, out, leases; ARGV session, message, ttl -> 1 ended, 0 when an owner holds it
+ABANDON = """
+local meta = redis.call('HMGET', KEYS[1], 'state', 'epoch', 'position')
+if not meta[1] or meta[1] == 'ended' then return 1 end
+local deadline = redis.call('ZSCORE', KEYS[4], ARGV[1])
+if deadline and tonumber(deadline) > now() then return 0 end
+redis.call('ZREM', KEYS[4], ARGV[1])
+redis.call('XADD', KEYS[3], string.format('%d-0', meta[3] + 1), 'm', ARGV[2])
+redis.call('HSET', KEYS[1], 'state', 'ended', 'epoch', meta[2] + 1, 'owner', '', 'position', meta[3] + 1)
+keep(ARGV[3])
+return 1
+"""
+
+
+def texts() -> dict[str, str]:
+    """The scripts by name, each with what it needs before it."""
+    names = [
+        name for name, value in globals().items() if name.isupper() and isinstance(value, str) and "KEYS[1]" in value
+    ]
+    return {name: CLOCK + KEEP + globals()[name] for name in names}
