@@ -26,6 +26,8 @@ DEFAULT_KV_GB = 1.0
 class BatchedEngine:
     """Many sessions on one model. Raises ValueError where the budget holds not even one session."""
 
+    session_type: type[Session] = Session
+
     def __init__(self, model: VideoLLM, template: Template, config: EngineConfig) -> None:
         self.model = model.eval()
         self.template = template
@@ -47,7 +49,7 @@ class BatchedEngine:
             raise NoCapacity(
                 f"{len(self.sessions)} sessions are open, engine.max_sessions is {self.config.max_sessions}"
             )
-        session = Session(session_id, self.template, self.model.config.system_prompt, settings, self.limits)
+        session = self.session_type(session_id, self.template, self.model.config.system_prompt, settings, self.limits)
         self._regions[session_id] = self.memory.reserve(self.limits.capacity)
         self.sessions[session_id] = session
         return session

@@ -10,6 +10,7 @@ whose append is refused as stale drops the session without a word.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import queue
@@ -21,10 +22,11 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-import torch
-
-from actors.bus import Bus, BusError, Lease
-from actors.engine import Engine, NoCapacity
+from actors.backends import build_engine
+from actors.bus import Bus, BusError, Lease, SessionMeta
+from actors.checkpoint import load_or_untrained
+from actors.config import Config
+from actors.engine import Engine, EngineConfig, NoCapacity
 from actors.messages import (
     Evicted,
     FramesDecided,
@@ -40,6 +42,8 @@ from actors.messages import (
     SettingsApplied,
     SettingsChange,
     Window,
+    decode,
+    encode,
 )
 from actors.session import Session, SessionError
 
@@ -47,6 +51,7 @@ logger = logging.getLogger(__name__)
 
 TIMELINE = 4096
 RETRY_S = (0.05, 2.0)
+BLOCK_MS = 1000
 
 
 @dataclass
@@ -61,7 +66,6 @@ class Held:
     commands: dict[str, Query | SettingsChange] = field(default_factory=dict)
     consumed: list[str] = field(default_factory=list)
     decided_at: deque[tuple[int, int]] = field(default_factory=deque)
-    appended_at: deque[tuple[float, int]] = field(default_factory=deque)
     lost: bool = False
 
     def note_input(self, entry_id: str, message: SessionInput) -> None:
@@ -203,9 +207,10 @@ class LLMWorker:
         meta = await self.bus.session_meta(lease.session_id)
         if meta is None:
             return
-        window = meta.window
+        window = read_window(meta)
         settings = window.settings if window else meta.settings
-        log = await self.bus.read_log(lease.session_id, after=window.out_position - 1 if window else -1)
+        first = window.out_position if window else 0
+        log = [(position, entry) for position, entry in await self.bus.read_log(lease.session_id) if position >= first]
         inputs = await self.bus.read_all_inputs(lease.session_id, window.in_id if window else "0-0")
         held = await self._on_step_thread(lambda: self._rebuild(lease, settings, window, log, inputs))
         held.position = meta.position
@@ -281,7 +286,8 @@ class LLMWorker:
             for session_id, held in self.held.items()
             if self.bus.partition(session_id) == partition
         }
-        items = await self.bus.read_inputs(partition, cursors)
+        start = time.monotonic()
+        items = await self.bus.read_inputs(cursors, BLOCK_MS, partition)
         for session_id, entry_id, message in items:
             held = self.held.get(session_id)
             if held is None or not (stream_order(held.cursor) < stream_order(entry_id)):
@@ -290,7 +296,7 @@ class LLMWorker:
             if not isinstance(message, MessageError):
                 held.note_input(entry_id, message)
             self._inbox.put(lambda held=held, at=entry_id, message=message: self._deliver(held, at, message))
-        if not items:
+        if not items and time.monotonic() - start < BLOCK_MS / 2000:
             self._claim_now.set()
 
     def _deliver(self, held: Held, entry_id: str, message: SessionInput | MessageError) -> None:
@@ -381,7 +387,6 @@ class LLMWorker:
             return
         first = held.position
         held.position += len(entries)
-        held.appended_at.append((time.monotonic(), held.position))
         for position, entry in enumerate(entries, first):
             held.note_entry(position, entry)
             if isinstance(entry, Evicted):
@@ -393,13 +398,7 @@ class LLMWorker:
     async def _trim(self, held: Held, entry: Evicted, position: int) -> None:
         """Keep in Redis what the window and clients that resume still need."""
         window = held.window(entry, position)
-        resumable = window.out_position
-        horizon = time.monotonic() - self.bus.config.resume_s
-        while held.appended_at and held.appended_at[0][0] < horizon:
-            held.appended_at.popleft()
-        if held.appended_at:
-            resumable = min(resumable, held.appended_at[0][1] - 1)
-        await self.bus.trim(held.lease, window, max(resumable, 0))
+        await self.bus.trim(held.lease, encode(window), window.in_id, window.out_position)
 
     async def _drain_outbox(self) -> None:
         while not self._outbox.empty():
@@ -442,6 +441,31 @@ class LostFrames(RuntimeError):
     """Frames that the session's window needs are no longer in Redis."""
 
 
+def read_window(meta: SessionMeta) -> Window | None:
+    """Where a takeover starts; None when nothing was trimmed yet."""
+    if not meta.window:
+        return None
+    window = decode(meta.window)
+    if not isinstance(window, Window):
+        raise MessageError(f"the window in a session's meta is a {window.kind} message")
+    return window
+
+
+def build_llm_worker(config: Config, bus: Bus, name: str) -> LLMWorker:
+    """The worker that a settings file describes; loads the checkpoint, which takes a while."""
+    settings = config.section("engine", EngineConfig)
+    loaded = load_or_untrained(config.model, settings.device)
+    engine = build_engine(loaded.model, loaded.template, settings)
+    return LLMWorker(
+        bus,
+        engine,
+        name=name,
+        tokens_shape=loaded.model.frame_shape,
+        fingerprint=loaded.fingerprint,
+        max_sessions=settings.max_sessions,
+    )
+
+
 def stream_order(entry_id: str) -> tuple[int, int]:
     """The order of Redis stream ids."""
     milliseconds, _, number = entry_id.partition("-")
@@ -456,7 +480,5 @@ def _backoff():
 
 
 async def _wait(event: asyncio.Event, timeout_s: float) -> None:
-    try:
+    with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(event.wait(), timeout_s)
-    except TimeoutError:
-        pass

@@ -21,6 +21,8 @@ from actors.session import Decision, Session, Work
 class ReferenceEngine:
     """Sessions take turns; each has its own cache."""
 
+    session_type: type[Session] = Session
+
     def __init__(self, model: VideoLLM, template: Template, config: EngineConfig) -> None:
         self.model = model.eval()
         self.template = template
@@ -35,7 +37,7 @@ class ReferenceEngine:
             raise NoCapacity(
                 f"{len(self.sessions)} sessions are open, engine.max_sessions is {self.config.max_sessions}"
             )
-        session = Session(session_id, self.template, self.model.config.system_prompt, settings, self.limits)
+        session = self.session_type(session_id, self.template, self.model.config.system_prompt, settings, self.limits)
         self.sessions[session_id] = session
         return session
 
