@@ -14,6 +14,7 @@ replica take only sessions, and a trainer only frame tokens, that were made for 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,8 @@ from actors.parts import CheckpointError, Parts, assemble, collect, read_tensors
 from actors.published import CONFIG_FILE, WEIGHTS_FILE, read_published, write_published
 from actors.vision import EMBEDDED, vision_fingerprint
 from actors.weights import combine, digest, weights_folder
+
+log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 SETTINGS_FILE = "settings.json"
@@ -144,6 +147,17 @@ def untrained(
         features=vision_fingerprint(config),
         trained_videos=[],
     )
+
+
+def load_or_untrained(config: ModelConfig, device: torch.device | str = "cpu", seed: int = 0) -> Loaded:
+    """For programs that can show their paths without training: `untrained` where no checkpoint is set.
+
+    A checkpoint that is set but cannot be loaded is an error here too.
+    """
+    if config.checkpoint is not None:
+        return load(config, device)
+    log.warning("model.checkpoint is not set: connector is random (seed %d), what the model says means nothing", seed)
+    return untrained(config, seed, device)
 
 
 def save(folder: str | Path, loaded: Loaded, trained_videos: Iterable[str] = ()) -> None:

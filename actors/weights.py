@@ -29,6 +29,7 @@ from actors.cache import cache_folder
 from actors.config import FrameConfig
 
 _WANTED = ["*.json", "*.safetensors", "*.txt", "*.model"]
+_NOTED_BYTES = 50_000_000  # below, reading the file is as quick as reading the note
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -63,8 +64,8 @@ def weight_files(folder: Path) -> list[Path]:
 def digest(folder: Path) -> str:
     """16 hex digits that change with any byte of the folder's safetensors files.
 
-    A file's share is kept in the cache folder under its path, size and time of change, so that gigabytes
-    are read once.
+    A large file's share is noted in the cache folder under its path, size and time of change, so that
+    gigabytes are read once.
     """
     return combine(f"{path.name} {_file_digest(path)}" for path in weight_files(folder))
 
@@ -120,6 +121,8 @@ def _file_digest(path: Path) -> str:
     check_safetensors(path)
     path = path.resolve()
     state = path.stat()
+    if state.st_size < _NOTED_BYTES:
+        return _read_digest(path)
     key = f"{path} {state.st_size} {state.st_mtime_ns}"
     note = cache_folder() / "digests" / f"{combine([str(path)])}.json"
     try:
@@ -128,10 +131,14 @@ def _file_digest(path: Path) -> str:
             return str(kept["digest"])
     except (OSError, ValueError, KeyError, TypeError):
         pass  # never noted, or half of it: read the file itself
-    with path.open("rb") as file:
-        value = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    value = _read_digest(path)
     note.parent.mkdir(exist_ok=True)
     part = note.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
     part.write_text(json.dumps({"key": key, "digest": value}))
     os.replace(part, note)
     return value
+
+
+def _read_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

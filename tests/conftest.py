@@ -17,14 +17,19 @@ os.environ |= {
     "RAY_USAGE_STATS_REPORT_URL": "http://127.0.0.1:9/",
 }
 
+import tarfile
 from pathlib import Path
 
 import pytest
 import torch
 
+from actors import checkpoint
+from actors.config import FrameConfig, ModelConfig
+
 torch.set_num_threads(1)
 
 SAMPLES = Path(__file__).parent / "samples"
+GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.fixture(scope="session")
@@ -37,3 +42,39 @@ def samples() -> Path:
 def sample_video(samples: Path) -> Path:
     """The sample with shot changes: the Big Buck Bunny trailer."""
     return samples / "big_buck_bunny_trailer.mp4"
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The public reference's tiny models: folders llm_VERSION, adapter_VERSION (live1, live1plus) and siglip."""
+    folder = tmp_path_factory.mktemp("tiny_models")
+    with tarfile.open(GOLDEN / "tiny" / "models.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_configs(tiny_models: Path) -> dict[str, ModelConfig]:
+    """Settings of the tiny models `live1` and `live1plus`, with the reference's adapter as checkpoint."""
+    frames = {
+        "live1": FrameConfig(resolution_px=32),
+        "live1plus": FrameConfig(resolution_px=32, pooled=(3, 3), separator=","),
+    }
+    return {
+        version: ModelConfig(
+            llm=str(tiny_models / f"llm_{version}"),
+            vision=str(tiny_models / "siglip"),
+            frames=frames[version],
+            dtype="float32",
+            checkpoint=str(tiny_models / f"adapter_{version}"),
+        )
+        for version in frames
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_configs: dict[str, ModelConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of ours made of the tiny live1plus model: any process can `checkpoint.load` it."""
+    folder = tmp_path_factory.mktemp("tiny_checkpoint") / "live1plus"
+    checkpoint.save(folder, checkpoint.load(tiny_configs["live1plus"], merged=False), ["tiny_world"])
+    return folder
