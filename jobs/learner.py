@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.distributed
@@ -98,14 +98,14 @@ class Learner:
 
     def __init__(
         self,
-        module: VideoLLM | DistributedDataParallel,
+        module: nn.Module,
         data: TrainingSet,
         config: TrainingConfig,
         rank: int = 0,
         workers: int = 1,
     ) -> None:
         self.module = module
-        self.model: VideoLLM = module.module if isinstance(module, DistributedDataParallel) else module
+        self.model = cast(VideoLLM, module.module if isinstance(module, DistributedDataParallel) else module)
         self.data = data
         self.config = config
         self.rank = rank
