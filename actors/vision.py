@@ -204,16 +204,7 @@ def load_tower(source: str) -> Tower:
     if source == EMBEDDED:
         return EmbeddedTower().eval()
     folder = weights_folder(source)
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise VisionError(f"the config.json of model.vision {source!r} cannot be used: {_first_line(error)}") from None
-    tower = TOWERS.get(config.model_type)
-    if tower is None:
-        raise VisionError(
-            f"model.vision {source!r} is of type {config.model_type!r}, expected one of {', '.join(TOWERS)}, "
-            f"or {EMBEDDED!r} in place of a folder"
-        )
+    tower, config = _family(folder)
     return tower(folder, config).eval()
 
 
@@ -228,6 +219,14 @@ def vision_fingerprint(config: ModelConfig) -> str:
     else:
         weights = digest(weights_folder(config.vision))
     return feature_fingerprint(config.vision, weights, config.frames)
+
+
+def vision_width(source: str) -> int:
+    """The width D of the frame tokens of `source`, from its config.json alone; raises as `load_tower`."""
+    if source == EMBEDDED:
+        return EmbeddedTower.width
+    _, config = _family(weights_folder(source))
+    return int(getattr(config, "vision_config", config).hidden_size)
 
 
 def load_weights(model_class: type[PreTrainedModel], folder: Path, config: PretrainedConfig) -> PreTrainedModel:
@@ -251,6 +250,21 @@ def load_weights(model_class: type[PreTrainedModel], folder: Path, config: Pretr
             f"such as {missing[0]}: copy or download all of its files"
         )
     return model
+
+
+def _family(folder: Path) -> tuple[type[TransformerTower], PretrainedConfig]:
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise VisionError(
+            f"the config.json in {folder} cannot be used for model.vision: {_first_line(error)}"
+        ) from None
+    if config.model_type not in TOWERS:
+        raise VisionError(
+            f"model.vision {folder} is of type {config.model_type!r}, expected one of {', '.join(TOWERS)}, "
+            f"or {EMBEDDED!r} in place of a folder"
+        )
+    return TOWERS[config.model_type], config
 
 
 @contextmanager

@@ -7,11 +7,12 @@ random. A video's file appears only when all its frames are in it.
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import random
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -164,20 +165,36 @@ class FrameStore:
         return {"path": self.path, "info": self.info}
 
     def writer(self, video_id: str, source: str = "") -> VideoWriter:
+        """Writes one video; `source` is remembered with it. Hold `locked` meanwhile."""
         return VideoWriter(self, video_id, source)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """The right to write, for one program at a time; clears what a killed one left half-written.
+
+        Raises StoreError while another program holds it.
+        """
+        with (self.path / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise StoreError(f"another program is writing to the store {self.path}: wait until it ends") from None
+            for unfinished in (self.path / "videos").glob(f".*{SUFFIX}"):
+                unfinished.unlink()
+            yield
 
 
 class VideoWriter:
-    """Writes one video's frames in order, beside the store's files until `commit` moves them in.
+    """Writes one video's frames in order, under a hidden name until `commit` gives the file its own.
 
-    A context manager: what was not committed is removed.
+    A context manager: what was not committed by its end is gone.
     """
 
     def __init__(self, store: FrameStore, video_id: str, source: str) -> None:
         self.info = store.info
         self.video_id = video_id
         self.target = store.file(video_id)
-        self.temporary = self.target.with_name(f".{self.target.name}.{os.getpid()}")
+        self.temporary = self.target.with_name(f".{self.target.name}")
         self.frame_type = pa.binary(2 * self.info.num_tokens * self.info.width)
         fields = [("video_id", pa.string()), ("frame", pa.int32()), ("time", pa.float64()), ("tokens", self.frame_type)]
         schema = pa.schema(fields, metadata={"source": source})
@@ -227,9 +244,12 @@ class VideoWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.discard()
+
+    def discard(self) -> None:
+        """Forget what was not committed."""
         self.parquet.close()
-        with suppress(FileNotFoundError):
-            self.temporary.unlink()
+        self.temporary.unlink(missing_ok=True)
 
 
 class DatasetError(ValueError):
