@@ -143,6 +143,19 @@ class OwnerSide(LogConnection):
                 return found
             first = f"({found[-1][0]}"
 
+    async def read_all_inputs(
+        self, session_id: str, first_id: str = "0-0"
+    ) -> list[tuple[str, SessionInput | MessageError]]:
+        """All input of a session from entry `first_id` on, with entry ids: what a new owner begins with."""
+        stream = self.keys.input(self.partition(session_id), session_id)
+        found: list[tuple[str, SessionInput | MessageError]] = []
+        while True:
+            page = await self.read_range(stream, first_id, READ_COUNT)
+            found += [(entry_id, _session_input(fields)) for entry_id, fields in page]
+            if len(page) < READ_COUNT:
+                return found
+            first_id = f"({page[-1][0]}"
+
     async def trim(self, lease: Lease, window: bytes, in_id: str, out_position: int) -> bool:
         """Drop input before `in_id` and the log before `out_position`; `window` is kept for a new owner.
 

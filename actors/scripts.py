@@ -305,7 +305,7 @@ return 1
 
 def texts() -> dict[str, str]:
     """The scripts by name, each with what it needs before it."""
-    names = [
-        name for name, value in globals().items() if name.isupper() and isinstance(value, str) and "KEYS[1]" in value
-    ]
-    return {name: CLOCK + KEEP + globals()[name] for name in names}
+    own = {name: value for name, value in globals().items() if name.isupper() and isinstance(value, str)}
+    return {
+        name: CLOCK + KEEP + text for name, text in own.items() if "redis.call" in text and text not in (CLOCK, KEEP)
+    }

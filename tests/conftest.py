@@ -17,14 +17,18 @@ os.environ |= {
     "RAY_USAGE_STATS_REPORT_URL": "http://127.0.0.1:9/",
 }
 
+import secrets
 import tarfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from actors import checkpoint
+from actors.bus import Bus, BusConfig
 from actors.config import FrameConfig, ModelConfig
+from actors.redis_server import RedisServer
 
 torch.set_num_threads(1)
 
@@ -78,3 +82,36 @@ def tiny_checkpoint(tiny_configs: dict[str, ModelConfig], tmp_path_factory: pyte
     folder = tmp_path_factory.mktemp("tiny_checkpoint") / "live1plus"
     checkpoint.save(folder, checkpoint.load(tiny_configs["live1plus"], merged=False), ["tiny_world"])
     return folder
+
+
+@pytest.fixture(scope="session")
+def redis_url() -> Iterator[str]:
+    """Address of one real server for all tests; each test takes a `prefix` of its own."""
+    with RedisServer() as url:
+        yield url
+
+
+@pytest.fixture
+async def connect(redis_url: str) -> AsyncIterator[Callable[..., Awaitable[Bus]]]:
+    """`await connect(lease_ms=100, ...)`: another process's bus on this test's own session log."""
+    prefix, made = f"test-{secrets.token_hex(4)}:", list[Bus]()
+
+    async def one_more(url: str = redis_url, **settings: object) -> Bus:
+        made.append(await Bus.connect(BusConfig.model_validate({"prefix": prefix, "partitions": 4} | settings), url))
+        return made[-1]
+
+    yield one_more
+    for bus in made:
+        await bus.close()
+
+
+@pytest.fixture
+async def bus(connect: Callable[..., Awaitable[Bus]]) -> Bus:
+    """A bus of default settings."""
+    return await connect()
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    """Async tests, marked `anyio`, run on asyncio."""
+    return "asyncio"
