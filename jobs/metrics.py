@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import exp
 from typing import Literal, Protocol
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from actors.dialogue import IGNORED, Rendered, Template
+from actors.model import VideoLLM
 from actors.turns import Assistant
 
 Mode = Literal["paper", "strict"]
@@ -35,9 +36,12 @@ Outcome = Literal[
     "silent_nothing_to_append_counted_as_0",
 ]
 
+Row = tuple[float, float, float, float]
+NOTHING_GRADED: Row = (1.0, 0.0, 1.0, 1.0)
+
 
 class Forward(Protocol):
-    """A model: ids (T,), frames (F, N, D) and positions (P,) to the logits (P, V) at these positions."""
+    """A model: ids (T,), frames (F, N, D) and ascending positions (P,) to the logits (P, V) there."""
 
     def __call__(self, input_ids: Tensor, frames: Tensor, positions: Tensor) -> Tensor: ...
 
@@ -57,10 +61,10 @@ class Reply:
     num_text: int
     nll: float | None
     num_correct: int | None
-    frame_diff: int | None
-    fluency: float | None
     p_silent: list[float]
-    outcome: Outcome | None
+    frame_diff: int | None = None
+    fluency: float | None = None
+    outcome: Outcome | None = None
 
     @property
     def lm_ppl(self) -> float | None:
@@ -80,6 +84,19 @@ class StreamMetrics:
     fluency: float | None
     lm_correctness: float | None
     outcomes: dict[Outcome, int]
+
+
+def forward_of(model: VideoLLM) -> Forward:
+    """`model` as a Forward: logits are computed at the positions asked for only."""
+
+    @torch.inference_mode()
+    def forward(input_ids: Tensor, frames: Tensor, positions: Tensor) -> Tensor:
+        chosen = torch.zeros(1, len(input_ids), dtype=torch.bool)
+        chosen[0, positions] = True
+        device = model.device
+        return model(input_ids[None].to(device), frames.to(device), logits_at=chosen.to(device)).logits
+
+    return forward
 
 
 def evaluate(
@@ -105,9 +122,7 @@ def summarize(dialogues: Sequence[Sequence[Reply]], fps: float, mode: Mode = "st
     replies = [reply for dialogue in dialogues for reply in dialogue]
     outcomes = dict(Counter(reply.outcome for reply in replies if reply.outcome))
     if mode == "paper":
-        rows = [dialogue_row(dialogue) for dialogue in dialogues]
-        lm_ppl, frame_diff, fluency, correctness = (sum(column) / len(rows) for column in zip(*rows, strict=True))
-        return StreamMetrics(lm_ppl, frame_diff / fps, fluency, correctness, outcomes)
+        return paper_average([paper_row(dialogue) for dialogue in dialogues], fps, outcomes)
     num_text = sum(reply.num_text for reply in replies)
     nll = sum(reply.nll * reply.num_text for reply in replies if reply.nll is not None)
     diff = _mean([abs(reply.frame_diff) for reply in replies if reply.frame_diff is not None])
@@ -120,21 +135,25 @@ def summarize(dialogues: Sequence[Sequence[Reply]], fps: float, mode: Mode = "st
     )
 
 
-def dialogue_row(replies: Sequence[Reply]) -> tuple[float, float, float, float]:
-    """Perplexity, frame difference, fluency, correctness of one dialogue as `paper` averages and defaults them."""
+def paper_row(replies: Sequence[Reply]) -> Row:
+    """Perplexity, frame difference, fluency, correctness of one dialogue, with the defaults of `paper`."""
     means = (
         _mean([reply.lm_ppl for reply in replies if reply.lm_ppl is not None]),
         _mean([abs(reply.frame_diff) for reply in replies if reply.frame_diff is not None]),
         _mean([reply.fluency for reply in replies if reply.fluency is not None]),
         _mean([reply.lm_correctness for reply in replies if reply.lm_correctness is not None]),
     )
-    lm_ppl, frame_diff, fluency, correctness = means
-    return (
-        1.0 if lm_ppl is None else lm_ppl,
-        0.0 if frame_diff is None else frame_diff,
-        1.0 if fluency is None else fluency,
-        1.0 if correctness is None else correctness,
+    lm_ppl, frame_diff, fluency, correctness = (
+        default if mean is None else mean for mean, default in zip(means, NOTHING_GRADED, strict=True)
     )
+    return lm_ppl, frame_diff, fluency, correctness
+
+
+def paper_average(rows: Sequence[Row], fps: float, outcomes: dict[Outcome, int]) -> StreamMetrics:
+    """Mean over dialogues, each counted once however many replies it has."""
+    columns = zip(*(rows or [NOTHING_GRADED]), strict=True)
+    lm_ppl, frame_diff, fluency, correctness = (sum(column) / len(column) for column in columns)
+    return StreamMetrics(lm_ppl, frame_diff / fps, fluency, correctness, outcomes)
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -165,21 +184,23 @@ class _Reader:
     def num_frames(self, start: int, stop: int) -> int:
         return sum(self.dialogue.at_frame[start:stop])
 
-    def text(self, positions: list[int]) -> tuple[float | None, int | None]:
-        """Mean negative log-likelihood of the targets at `positions`, and how many come before the first miss."""
-        if not positions:
-            return None, None
-        logits = self._logits[[self._row[i] for i in positions]].float()
-        targets = torch.tensor([self.dialogue.labels[i] for i in positions], device=logits.device)
-        right = logits.argmax(-1) == targets
-        nll = torch.nn.functional.cross_entropy(logits, targets).item()
-        return nll, int(right.long().cumprod(0).sum())
+    def read(self, start: int, stop: int, decided: list[int], text: list[int]) -> tuple[Reply, list[bool]]:
+        """A reply over [start, stop) with what the model says at `text`; its decisions at `decided`, to be graded."""
+        nll, num_correct = self._text(text) if text else (None, None)
+        p_silent, speaks = self._decide(self._at(decided)) if decided else ([], [])
+        reply = Reply(
+            start=start,
+            stop=stop,
+            num_frames=self.num_frames(start, stop),
+            num_decisions=len(decided),
+            num_text=len(text),
+            nll=nll,
+            num_correct=num_correct,
+            p_silent=p_silent,
+        )
+        return reply, speaks
 
-    def decisions(self, positions: list[int]) -> tuple[list[float], list[bool]]:
-        """P(silent) and whether the model speaks, at learned frames."""
-        return self._decide(self._logits[[self._row[i] for i in positions]]) if positions else ([], [])
-
-    def decisions_later(self, position: int, first_frame: int, count: int) -> list[bool]:
+    def speaks_later(self, position: int, first_frame: int, count: int) -> list[bool]:
         """Whether it speaks at each of `count` frames appended right after `position`, silent so far."""
         template = self.template
         frame = template.separator_ids + [template.frame_id] * template.frames.num_tokens
@@ -188,6 +209,17 @@ class _Reader:
         frames = torch.cat([self.frames[: self.num_frames(0, prefix)], self.frames[first_frame : first_frame + count]])
         ends = torch.arange(1, count + 1) * len(frame) + prefix - 1
         return self._decide(self.forward(input_ids, frames, ends))[1]
+
+    def _at(self, positions: list[int]) -> Tensor:
+        return self._logits[[self._row[i] for i in positions]]
+
+    def _text(self, positions: list[int]) -> tuple[float, int]:
+        """Mean negative log-likelihood of the targets, and how many come before the first miss."""
+        logits = self._at(positions).float()
+        targets = torch.tensor([self.dialogue.labels[i] for i in positions], device=logits.device)
+        right = logits.argmax(-1) == targets
+        nll = torch.nn.functional.cross_entropy(logits, targets).item()
+        return nll, int(right.long().cumprod(0).sum())
 
     def _decide(self, logits: Tensor) -> tuple[list[float], list[bool]]:
         silence = self.template.silence_id
@@ -200,7 +232,7 @@ def _paper_replies(reader: _Reader) -> list[Reply]:
     """As the public reference counts, with what is wrong in it."""
     ids = reader.dialogue.input_ids
     stops = [i + 1 for i, token in enumerate(ids) if token == reader.template.eos_id]
-    starts = [0, *stops[:-1]]
+    starts = [0, *stops][: len(stops)]
     replies = []
     frames_passed = 0
     for index, (start, stop) in enumerate(zip(starts, stops, strict=True)):
@@ -208,9 +240,7 @@ def _paper_replies(reader: _Reader) -> list[Reply]:
         text = reader.learned(start, stop, at_frame=False)
         if not decided and not text:
             continue  # and its frames are not counted as passed
-        num_frames = reader.num_frames(start, stop)
-        nll, num_correct = reader.text(text)
-        p_silent, speaks = reader.decisions(decided)
+        reply, speaks = reader.read(start, stop, decided, text)
         next_frames = reader.num_frames(starts[index + 1], stops[index + 1]) if index + 1 < len(stops) else None
         frame_diff: int | None = None
         outcome: Outcome | None = None
@@ -220,35 +250,22 @@ def _paper_replies(reader: _Reader) -> list[Reply]:
         elif decided and next_frames is None:
             frame_diff, outcome = 0, "silent_in_last_turn_counted_as_0"
         elif decided and next_frames is not None:
-            window = min(next_frames, num_frames - 1)
+            window = min(next_frames, reply.num_frames - 1)
             frame_diff, outcome = 0, "silent_nothing_to_append_counted_as_0"
             if window:
-                later = reader.decisions_later(decided[-1], frames_passed + num_frames, window)
+                later = reader.speaks_later(decided[-1], frames_passed + reply.num_frames, window)
                 frame_diff, outcome = (-later.index(True) - 1, "late") if any(later) else (-window, "never")
-        replies.append(
-            Reply(
-                start=start,
-                stop=stop,
-                num_frames=num_frames,
-                num_decisions=len(decided),
-                num_text=len(text),
-                nll=nll,
-                num_correct=num_correct,
-                frame_diff=frame_diff,
-                fluency=_paper_fluency(len(decided), len(text), num_correct or 0, frame_diff),
-                p_silent=p_silent,
-                outcome=outcome,
-            )
-        )
-        frames_passed += num_frames
+        fluency = _paper_fluency(reply, frame_diff)
+        replies.append(replace(reply, frame_diff=frame_diff, fluency=fluency, outcome=outcome))
+        frames_passed += reply.num_frames
     return replies
 
 
-def _paper_fluency(num_decisions: int, num_text: int, num_correct: int, frame_diff: int | None) -> float | None:
-    if frame_diff is None or not num_text:
+def _paper_fluency(reply: Reply, frame_diff: int | None) -> float | None:
+    if frame_diff is None or reply.num_correct is None:
         return None
-    right = num_decisions + num_correct if frame_diff == 0 else num_decisions - max(frame_diff, 1)
-    return right / (num_decisions + num_text)
+    right = reply.num_decisions + (reply.num_correct if frame_diff == 0 else -max(frame_diff, 1))
+    return right / (reply.num_decisions + reply.num_text)
 
 
 def _strict_replies(reader: _Reader) -> list[Reply]:
@@ -260,8 +277,7 @@ def _strict_replies(reader: _Reader) -> list[Reply]:
         text = [i for i in reader.learned(start, stop, at_frame=False) if reader.dialogue.in_answer[i + 1]]
         if not decided and not text:
             continue
-        nll, num_correct = reader.text(text)
-        p_silent, speaks = reader.decisions(decided)
+        reply, speaks = reader.read(start, stop, decided, text)
         spoke_at = speaks.index(True) if any(speaks) else None
         frame_diff: int | None = None
         outcome: Outcome | None = None
@@ -276,26 +292,13 @@ def _strict_replies(reader: _Reader) -> list[Reply]:
             num_graded = reader.num_frames(decided[0], due + 1)
             following = reader.num_frames(*bounds[index + 1]) if index + 1 < len(bounds) else 0
             window = min(following, num_graded - 1)
-            later = reader.decisions_later(due, reader.num_frames(0, due + 1), window) if window else []
+            later = reader.speaks_later(due, reader.num_frames(0, due + 1), window) if window else []
             frame_diff, outcome = (-later.index(True) - 1, "late") if any(later) else (-num_graded, "never")
             right = len(decided) - 1
         if right == len(decided):
-            right += num_correct or 0
-        replies.append(
-            Reply(
-                start=start,
-                stop=stop,
-                num_frames=reader.num_frames(start, stop),
-                num_decisions=len(decided),
-                num_text=len(text),
-                nll=nll,
-                num_correct=num_correct,
-                frame_diff=frame_diff,
-                fluency=right / (len(decided) + len(text)),
-                p_silent=p_silent,
-                outcome=outcome,
-            )
-        )
+            right += reply.num_correct or 0
+        fluency = right / (len(decided) + len(text))
+        replies.append(replace(reply, frame_diff=frame_diff, fluency=fluency, outcome=outcome))
     return replies
 
 
