@@ -47,9 +47,9 @@ class OwnerSide(LogConnection):
                 epoch = await self.script("CLAIM", [self.keys.meta(partition, session_id), leases], args)
                 if isinstance(epoch, int) and epoch > 0:
                     claimed.append(Lease(session_id, epoch))
+                offset += epoch == 0  # the others are no longer among the expired
             if len(page) < PAGE:
                 break
-            offset += PAGE
         return claimed
 
     async def renew(self, leases: Sequence[Lease]) -> list[Lease]:
@@ -132,7 +132,9 @@ class OwnerSide(LogConnection):
             for entry_id, fields in entries
         ]
 
-    async def read_all_inputs(self, session_id: str, first: str) -> list[tuple[str, SessionInput | MessageError]]:
+    async def read_all_inputs(
+        self, session_id: str, first: str = "0-0"
+    ) -> list[tuple[str, SessionInput | MessageError]]:
         """All input of one session from entry id `first` on, in the order it came: what a new owner starts from."""
         stream = self.keys.input(self.partition(session_id), session_id)
         found: list[tuple[str, SessionInput | MessageError]] = []
@@ -142,19 +144,6 @@ class OwnerSide(LogConnection):
             if len(page) < PAGE:
                 return found
             first = f"({found[-1][0]}"
-
-    async def read_all_inputs(
-        self, session_id: str, first_id: str = "0-0"
-    ) -> list[tuple[str, SessionInput | MessageError]]:
-        """All input of a session from entry `first_id` on, with entry ids: what a new owner begins with."""
-        stream = self.keys.input(self.partition(session_id), session_id)
-        found: list[tuple[str, SessionInput | MessageError]] = []
-        while True:
-            page = await self.read_range(stream, first_id, READ_COUNT)
-            found += [(entry_id, _session_input(fields)) for entry_id, fields in page]
-            if len(page) < READ_COUNT:
-                return found
-            first_id = f"({page[-1][0]}"
 
     async def trim(self, lease: Lease, window: bytes, in_id: str, out_position: int) -> bool:
         """Drop input before `in_id` and the log before `out_position`; `window` is kept for a new owner.

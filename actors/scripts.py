@@ -201,12 +201,12 @@ EXPIRED = """
 return redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now(), 'LIMIT', ARGV[1], ARGV[2])
 """
 
-# KEYS meta, leases; ARGV session, token, owner, fingerprint, lease -> epoch, or 0 when it is not to be had
+# KEYS meta, leases; ARGV session, token, owner, fingerprint, lease -> epoch; 0 not to be had, -1 no session any more
 CLAIM = """
 local meta = redis.call('HMGET', KEYS[1], 'state', 'fingerprint', 'epoch', 'claim')
 if not meta[1] or meta[1] == 'ended' then
   redis.call('ZREM', KEYS[2], ARGV[1])
-  return 0
+  return -1
 end
 if meta[4] == ARGV[2] then return tonumber(meta[3]) end
 local deadline, time = redis.call('ZSCORE', KEYS[2], ARGV[1]), now()
