@@ -83,7 +83,7 @@ def load(
     dtype: torch.dtype | None = None,
     merged: bool = True,
 ) -> Loaded:
-    """The checkpoint of a ModelConfig, or the one in a folder of ours, in eval mode.
+    """The checkpoint of a ModelConfig, or the one in a folder of ours (or under a hub name), in eval mode.
 
     `merged` folds the adapter into the language model and freezes all, for serving; otherwise adapter and
     connector stay trainable, in fp32 whatever the language model's dtype (default: the config's).
@@ -132,12 +132,12 @@ def untrained(
     llm = load_causal_lm(llm_folder, dtype or getattr(torch, config.dtype), device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        wrapped = llm if adapter is None else attach(llm, adapter)
-        model = VideoLLM(wrapped, config, _vision_width(config))
-    if adapter is None:
-        model.requires_grad_(False)
-    else:
-        model.connector.float()
+        model = VideoLLM(llm, config, _vision_width(config))
+        if adapter is None:
+            model.requires_grad_(False)
+        else:
+            model.llm = attach(llm, adapter)
+            model.connector.float()
     return _loaded(
         model.eval(),
         config,
@@ -224,9 +224,7 @@ def _asked(source: ModelConfig | str | Path) -> tuple[Path, ModelConfig | None]:
             "or ask for an untrained model by name"
         )
     folder = Path(name).expanduser()
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is no folder: model.checkpoint must name a checkpoint's folder")
-    return folder, given
+    return folder if folder.is_dir() else weights_folder(str(name)), given
 
 
 def _published_config(folder: Path, given: ModelConfig | None) -> ModelConfig:

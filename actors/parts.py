@@ -103,7 +103,7 @@ def replace_head(llm: PreTrainedModel, head: Tensor) -> None:
     own = llm.get_output_embeddings()
     assert isinstance(own, nn.Linear)
     fit("head", {"lm_head.weight": head}, {"lm_head.weight": own.weight})
-    own.weight = nn.Parameter(head.to(own.weight), requires_grad=False)
+    own.weight = nn.Parameter(head.to(own.weight, copy=True), requires_grad=False)
     llm.config.tie_word_embeddings = False
 
 
