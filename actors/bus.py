@@ -205,7 +205,7 @@ class Bus(GatewaySide, EncoderSide, OwnerSide):
                     raise BusError("redis_unreachable", text) from None
                 await asyncio.sleep(pause_s)
             except exceptions.RedisError as error:
-                if "OOM command" in str(error):
+                if isinstance(error, exceptions.OutOfMemoryError) or "OOM command" in str(error):
                     text = f"Redis at {self.address} is full (maxmemory): give it more memory or fewer sessions"
                     raise BusError("redis_full", text) from None
                 raise BusError("redis_error", f"Redis at {self.address}: {error}") from None

@@ -20,6 +20,7 @@ from types import TracebackType
 START_TIMEOUT_S = 10.0
 STOP_TIMEOUT_S = 5.0
 PORT_ATTEMPTS = 5
+LOG = "server.log"
 
 # The shell becomes the server; beside it a subshell waits on the pipe from the program. A line
 # means that the program stops the server itself, end of file that the program is gone.
@@ -36,7 +37,6 @@ port {port}
 protected-mode yes
 requirepass {password}
 dir {folder}
-logfile {folder}/server.log
 save ""
 appendonly no
 maxmemory {maxmemory}
@@ -50,26 +50,30 @@ class RedisServerError(RuntimeError):
 
 
 class RedisServer:
-    """`with RedisServer() as url:` runs a server of our own; `url` holds its password: do not log it."""
+    """`with RedisServer() as url:` runs a server of our own; `url` holds its password: do not log it.
+
+    Started again after `stop`, it has the same address and no data.
+    """
 
     def __init__(self, maxmemory: str = "2gb") -> None:
         self.maxmemory = maxmemory
-        self.port = 0
+        self.port: int | None = None
+        self._password = secrets.token_urlsafe(24)
         self._process: subprocess.Popen[bytes] | None = None
         self._folder: Path | None = None
 
     def start(self) -> str:
         """Start the server and return its address. Raises RedisServerError."""
         if self._process is not None:
-            raise RedisServerError("this embedded Redis server was started before: make another one")
+            raise RedisServerError("this embedded Redis server runs already")
         binary = server_binary()
         problem = ""
         for _ in range(PORT_ATTEMPTS):
-            password = secrets.token_urlsafe(24)
-            self.port = _free_port()
-            self._launch(binary, password)
-            if self._answers(password):
-                return f"redis://:{password}@127.0.0.1:{self.port}/0"
+            port = self.port or _free_port()
+            self._launch(binary, port)
+            if self._answers(port):
+                self.port = port
+                return f"redis://:{self._password}@127.0.0.1:{port}/0"
             problem = self._last_words()
             self.stop()
         raise RedisServerError(f"the embedded Redis server ({binary}) does not start: {problem}; or set REDIS_URL")
@@ -102,39 +106,38 @@ class RedisServer:
         """Process id of the server, None when it does not run."""
         return self._process.pid if self._process is not None else None
 
-    def _launch(self, binary: Path, password: str) -> None:
+    def _launch(self, binary: Path, port: int) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="videollm-redis-"))
         settings = self._folder / "server.conf"
         settings.write_text(
-            SETTINGS.format(port=self.port, password=password, folder=self._folder, maxmemory=self.maxmemory)
+            SETTINGS.format(port=port, password=self._password, folder=self._folder, maxmemory=self.maxmemory)
         )
         # A session of its own: Ctrl-C in a terminal must reach the program only, which then stops the server last.
-        self._process = subprocess.Popen(
-            ["/bin/sh", "-c", WITH_PROGRAM, "sh", str(self._folder), str(binary), str(settings)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        with (self._folder / LOG).open("wb") as log:
+            self._process = subprocess.Popen(
+                ["/bin/sh", "-c", WITH_PROGRAM, "sh", str(self._folder), str(binary), str(settings)],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
 
-    def _answers(self, password: str) -> bool:
+    def _answers(self, port: int) -> bool:
         """Whether our server, told by its password, answers before it exits or the time is up."""
         process = self._process
         deadline = time.monotonic() + START_TIMEOUT_S
         while process is not None and process.poll() is None and time.monotonic() < deadline:
             try:
-                with socket.create_connection(("127.0.0.1", self.port), timeout=1) as connection:
-                    connection.sendall(f"AUTH {password}\r\n".encode())
+                with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
+                    connection.sendall(f"AUTH {self._password}\r\n".encode())
                     return connection.recv(16).startswith(b"+OK")
             except OSError:
                 time.sleep(0.01)
         return False
 
     def _last_words(self) -> str:
-        log = self._folder / "server.log" if self._folder is not None else None
-        lines = log.read_text(errors="replace").split("\n") if log is not None and log.exists() else []
-        said = [line for line in lines if line.strip()]
-        return said[-1].strip() if said else "it said nothing"
+        said = (self._folder / LOG).read_text(errors="replace").split("\n") if self._folder is not None else []
+        return " ".join(line.strip() for line in said[-5:] if line.strip()) or "it said nothing"
 
 
 def server_binary() -> Path:
