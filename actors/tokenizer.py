@@ -45,6 +45,7 @@ class TextTokenizer:
         self._plain.no_padding()
         ends = {tokenizer.bos_token_id, tokenizer.eos_token_id} - {None}
         special = {i for i, token in self._plain.get_added_tokens_decoder().items() if token.special}
+        self._silent_ids: frozenset[int] = frozenset(special | ends)
         # What a vocabulary cannot spell becomes unk, which is not for us to forbid.
         self.control_ids: frozenset[int] = frozenset((special - {tokenizer.unk_token_id}) | ends)
         self.largest_id: int = max(i for i in self._plain.get_vocab().values() if i not in self.control_ids)
@@ -54,8 +55,8 @@ class TextTokenizer:
         return _cover(self._spell(text, 0), len(text)) if text else []
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`; control tokens are left out."""
-        return self._plain.decode([i for i in ids if i not in self.control_ids], skip_special_tokens=False)
+        """The text of `ids`; control tokens and unk are left out."""
+        return self._plain.decode([i for i in ids if i not in self._silent_ids], skip_special_tokens=False)
 
     def _spell(self, text: str, offset: int) -> list[TextToken]:
         """Tokens of `text`, which stands at `offset`; a control token's own string is cut and spelled out."""
