@@ -163,6 +163,7 @@ class EncoderWorker:
         self._stopping = asyncio.Event()
         self._failed_in_a_row = 0
         self._bus_errors_in_a_row = 0
+        self._frame_s = 0.0  # what a frame of the last batch took to encode
 
     async def run(self) -> None:
         """Serve the bus until `stop`, then answer what was read. Raises EncoderError if encoding is broken."""
@@ -200,12 +201,18 @@ class EncoderWorker:
         """One to `batch_size` frames, their pictures decoded; none once the worker is to stop."""
         frames: list[PendingFrame] = []
         while not frames and not self._stopping.is_set():
-            frames = await self._read(self.config.batch_size, BLOCK_MS)
+            frames = await self._read(self._room(), BLOCK_MS)
         clock = asyncio.get_running_loop().time
         full_by = clock() + self.config.max_wait_ms / 1000
-        while 0 < len(frames) < self.config.batch_size and (wait_ms := int(1000 * (full_by - clock()))) > 0:
-            frames += await self._read(self.config.batch_size - len(frames), wait_ms)
+        while 0 < len(frames) < self._room() and (wait_ms := int(1000 * (full_by - clock()))) > 0:
+            frames += await self._read(self._room() - len(frames), wait_ms)
         return await asyncio.to_thread(lambda: [self._picture(frame) for frame in frames])
+
+    def _room(self) -> int:
+        """Frames of a batch: no more than are answered well before the bus gives them to another worker."""
+        # A frame waits for the batch before its own; half the time is left for a busy machine.
+        in_time = self.bus.config.reclaim_idle_ms / 1000 / 2 / 2 / max(self._frame_s, 1e-6)
+        return max(1, min(self.config.batch_size, int(in_time)))
 
     async def _read(self, count: int, wait_ms: int) -> list[PendingFrame]:
         """Up to `count` frames, live before recorded; none where the bus fails, after a pause."""
@@ -269,6 +276,7 @@ class EncoderWorker:
         self.timeline.append((first, last, len(pictures), start, end))
         self.counts.batches += 1
         self.counts.encode_s += end - start
+        self._frame_s = (end - start) / len(pictures)
         return [_answer(picture.pending, frame) for picture, frame in zip(pictures, tokens, strict=True)]
 
     async def _publish(self, answers: list[Answer]) -> None:
@@ -302,7 +310,10 @@ class EncoderWorker:
 def build_encoder_worker(config: Config, bus: Bus, name: str) -> EncoderWorker:
     """The worker that a settings file describes; loads the model, which takes a while."""
     settings = config.section("encoder", EncoderConfig)
-    return EncoderWorker(bus, FrameEncoder(config.model, settings.device, settings.threads), settings, name)
+    encoder = FrameEncoder(config.model, settings.device, settings.threads)
+    side = config.model.frames.resolution_px
+    encoder(np.zeros((1, side, side, 3), np.uint8))  # the first call is slow: nobody should wait for it
+    return EncoderWorker(bus, encoder, settings, name)
 
 
 def _answer(pending: PendingFrame, tokens: Tensor) -> Answer:
