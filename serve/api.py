@@ -89,6 +89,7 @@ def build_api(gateway: Gateway, resolution_px: int, api_key: str | None) -> Fast
         question_time: Annotated[list[float], Form(description="seconds, one per question; 0 where absent")] = [],  # noqa: B006
         fps: Annotated[float, Form(gt=0, le=60)] = 2.0,
         threshold: Annotated[float | None, Form(ge=0)] = None,
+        max_output_tokens: Annotated[int | None, Form(description="longest response")] = None,
         include: Annotated[list[str], Form(description="frame_decided for every decision")] = [],  # noqa: B006
     ) -> StreamingResponse:
         """Watch a recorded video; events come as they happen, as server-sent events with video times."""
@@ -97,7 +98,8 @@ def build_api(gateway: Gateway, resolution_px: int, api_key: str | None) -> Fast
         if len(question_time) > len(question):
             raise ClientError("bad_value", f"{len(question_time)} times for {len(question)} questions", "question_time")
         times = [check_time(at) for at in question_time] + [0.0] * (len(question) - len(question_time))
-        patch = parse_patch({"include": include, "video": {"fps": fps, "threshold": threshold}})
+        settings = {"max_output_tokens": max_output_tokens, "video": {"fps": fps, "threshold": threshold}}
+        patch = parse_patch({"include": include, **settings})
         name = Path(video.filename or "video").name
         async with AsyncExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="videollm-")))

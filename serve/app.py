@@ -26,6 +26,8 @@ from ray.serve import Application, Deployment
 
 from actors.bus import BusConfig, BusError
 from actors.config import Config, ConfigError, load_config
+from actors.encoder import EncoderConfig
+from actors.engine import EngineConfig
 from actors.redis_server import RedisServer, RedisServerError
 from actors.runtime import local_ray_environment
 from serve.api import API_KEY_VARIABLE, is_loopback
@@ -35,6 +37,7 @@ from serve.gateway import ServeConfig
 log = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 128 << 20  # nothing large passes through Ray: frames and tokens travel by Redis
+APPLICATION = "videollm"
 SPARE_REQUESTS = 1000  # a WebSocket holds one request slot for its life: the gateway's own limit must come first
 HEALTH_CHECK_PERIOD_S = 2  # a dead loop must not go unnoticed for Serve's default of 10 s
 REPOSITORY = Path(__file__).parents[1]
@@ -62,10 +65,14 @@ def build(args: AppArgs) -> Application:
 def assemble(config: Config, redis: str | None) -> Application:
     """Gateway in front of encoder and LLM, each a deployment of its own with processes of its own."""
     settings = config.section("serve", ServeConfig)
+    encoder_threads = config.section("encoder", EncoderConfig).threads
+    llm_threads = config.section("engine", EngineConfig).threads
     address = redis or _deployment("redis", settings)(RedisReplica).bind()
-    encoder = _deployment("encoder", settings, settings.encoders, settings.encoder_cpus, settings.encoder_gpus)
-    llm = _deployment("llm", settings, settings.llms, settings.llm_cpus, settings.llm_gpus)
-    gateway = _deployment("gateway", settings, settings.gateways, settings.gateway_cpus)
+    encoder = _deployment(
+        "encoder", settings, settings.encoders, encoder_threads, settings.encoder_cpus, settings.encoder_gpus
+    )
+    llm = _deployment("llm", settings, settings.llms, llm_threads, settings.llm_cpus, settings.llm_gpus)
+    gateway = _deployment("gateway", settings, settings.gateways, num_cpus=settings.gateway_cpus)
     return gateway(GatewayReplica).bind(
         config,
         address,
@@ -75,18 +82,21 @@ def assemble(config: Config, redis: str | None) -> Application:
 
 
 def _deployment(
-    name: str, settings: ServeConfig, replicas: int = 1, num_cpus: float = 0, num_gpus: float = 0
+    name: str, settings: ServeConfig, replicas: int = 1, threads: int = 1, num_cpus: float = 0, num_gpus: float = 0
 ) -> Callable[[type], Deployment]:
+    # OpenMP takes its number of threads from the environment in every thread that asks for none by itself.
+    environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     return serve.deployment(
         name=name,
         num_replicas=replicas,
         max_ongoing_requests=settings.max_sessions + SPARE_REQUESTS,
         graceful_shutdown_timeout_s=settings.shutdown_timeout_s,
+        graceful_shutdown_wait_loop_s=0.2,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         ray_actor_options={
             "num_cpus": num_cpus,
             "num_gpus": num_gpus,
-            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}},
+            "runtime_env": {"env_vars": environment},
         },
     )
 
@@ -110,10 +120,11 @@ def running(config: Config, log_to_driver: bool = False) -> Iterator[str]:
         redis = redis_url(config) or stack.enter_context(RedisServer())
         _start_ray(settings, log_to_driver)
         stack.callback(ray.shutdown)
+        logging.getLogger("ray.serve").setLevel(logging.INFO if log_to_driver else logging.WARNING)
         serve.start(http_options={"host": settings.host, "port": port, "request_timeout_s": None})
-        stack.callback(serve.shutdown)
+        stack.callback(serve.delete, APPLICATION)  # replicas release their leases and close their sockets
         try:
-            serve.run(assemble(config, redis), name="videollm", route_prefix="/")
+            serve.run(assemble(config, redis), name=APPLICATION, route_prefix="/")
         except RuntimeError as error:
             raise StartError(f"the application did not start: {_why(error)}") from None
         yield f"http://{settings.host}:{port}"

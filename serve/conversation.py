@@ -103,10 +103,13 @@ class Conversation:
     """A session from its first message to its last event.
 
     `counts` are this session's, `totals` the gateway's. `bulk` marks recorded video, which
-    encoders take after live frames.
+    encoders take after live frames. `max_live` bounds undecided frames where the newest wins: all the
+    credits would be seconds of lag.
     """
 
-    def __init__(self, bus: Bus, fingerprint: str, totals: Counts, max_waiting: int, bulk: bool = False) -> None:
+    def __init__(
+        self, bus: Bus, fingerprint: str, totals: Counts, max_waiting: int, max_live: int, bulk: bool = False
+    ) -> None:
         self.id = f"sess_{uuid.uuid4().hex}"
         self.settings = SessionSettings()
         self.drop_policy: DropPolicy = "block" if bulk else "latest"
@@ -118,6 +121,7 @@ class Conversation:
         self._fingerprint = fingerprint
         self._totals = totals
         self._max_waiting = max_waiting
+        self._max_live = max_live
         self._bulk = bulk
         self._waiting: deque[WaitingFrame] = deque()
         self._received_at: dict[int, float] = {}
@@ -232,7 +236,9 @@ class Conversation:
             await self._await_change()
             return
         frame = self._waiting.popleft()
-        seq = await self._bus.admit_frame(self.id, frame.time, frame.image, bulk=self._bulk)
+        seq = None
+        if self.drop_policy == "block" or len(self._received_at) < self._max_live:
+            seq = await self._bus.admit_frame(self.id, frame.time, frame.image, bulk=self._bulk)
         self._starved = seq is None
         if seq is None:
             self._waiting.appendleft(frame)

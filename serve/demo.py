@@ -203,11 +203,12 @@ def report(ended: SessionEnded, stats: Stats) -> list[str]:
     """The result in a few lines."""
     frames, encoder, llm = ended.frames, stats["encoder"], stats["llm"]
     return [
-        f"frames    received {frames.received}  encoded {encoder.get('frames_encoded')}  "
+        f"frames    received {frames.received}  encoded {encoder.get('encoded')}  "
         f"decided {frames.decided}  skipped {frames.skipped}  dropped {frames.dropped}",
         f"lag       p50 {_number(frames.lag_p50)} s  p99 {_number(frames.lag_p99)} s  (arrival to decision)",
-        f"encoder   {_number(encoder.get('busy_frames_per_s'))} frames/s when busy, process {encoder.get('pid')}",
-        f"LLM       {_number(llm.get('busy_frames_per_s'))} frames/s when busy, process {llm.get('pid')}",
+        f"encoder   {_number(encoder.get('frames_per_s'))} frames/s while encoding, process {encoder.get('pid')}",
+        f"LLM       {_number(llm.get('frames_per_s'))} frames/s while deciding, process {llm.get('pid')}; "
+        f"{llm.get('responses')} responses, {llm.get('tokens')} tokens",
         f"ended     {ended.reason}",
     ]
 

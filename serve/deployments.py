@@ -111,9 +111,6 @@ class GatewayReplica:
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_api(self._gateway, self._model.frames.resolution_px, os.environ.get(API_KEY_VARIABLE))
 
-    async def check_health(self) -> None:
-        await self._bus.ping()
-
     async def __del__(self) -> None:
         if hasattr(self, "_bus"):
             await self._bus.close()

@@ -28,7 +28,8 @@ class ServeConfig(Section):
     """Where the application listens, how it is spread over the machine, and the limits of clients.
 
     `num_cpus` of a deployment is what Ray reserves for one replica, not what it may use: threads
-    are set by the sections of encoder and engine.
+    are set by the sections of encoder and engine. `max_live_frames` of a session are undecided at most
+    where the newest frame wins, `max_waiting_frames` wait in the gateway where none is dropped.
     """
 
     host: str = "127.0.0.1"
@@ -41,12 +42,11 @@ class ServeConfig(Section):
     llm_cpus: float = Field(default=1.0, ge=0)
     encoder_gpus: float = Field(default=0.0, ge=0)
     llm_gpus: float = Field(default=0.0, ge=0)
-    device: str = "cpu"
-    untrained: bool = False
     max_sessions: int = Field(default=64, ge=1)
     max_message_bytes: int = Field(default=4 << 20, ge=1024, le=16 << 20)
     max_question_chars: int = Field(default=4096, ge=1)
     max_waiting_frames: int = Field(default=64, ge=1)
+    max_live_frames: int = Field(default=8, ge=1)
     max_upload_bytes: int = Field(default=512 << 20, ge=1)
     admission_timeout_s: float = Field(default=20.0, gt=0)
     idle_timeout_s: float = Field(default=120.0, gt=0)
@@ -79,7 +79,12 @@ class Gateway:
         if len(self._conversations) >= self.config.max_sessions:
             raise Full(f"{len(self._conversations)} sessions are open, the most this gateway takes: try later")
         conversation = Conversation(
-            self.bus, self.fingerprint, self.totals, max_waiting=self.config.max_waiting_frames, bulk=bulk
+            self.bus,
+            self.fingerprint,
+            self.totals,
+            max_waiting=self.config.max_waiting_frames,
+            max_live=self.config.max_live_frames,
+            bulk=bulk,
         )
         self._conversations.add(conversation)
         try:

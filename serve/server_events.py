@@ -38,7 +38,7 @@ class SessionInfo(BaseModel):
 
     id: str
     type: Literal["realtime"] = "realtime"
-    instructions: str | None
+    instructions: str | None = None
     max_output_tokens: int
     include: list[str]
     video: VideoInfo
@@ -67,8 +67,8 @@ class Statistics(BaseModel):
     decided: int
     skipped: int
     dropped: int
-    lag_p50: float | None
-    lag_p99: float | None
+    lag_p50: float | None = None
+    lag_p99: float | None = None
 
 
 class VideoStatus(ServerEvent):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -9,25 +10,41 @@ ROWS = ("encode", "decide", "speak")
 COLOURS = {"encode": "tab:blue", "decide": "tab:green", "speak": "tab:orange"}
 SHOWN_S = 12.0
 
-Span = tuple[str, str, int, int, float, float]  # kind, session, first frame, last frame, start and end in Unix time
+
+@dataclass(frozen=True)
+class Span:
+    """One batch of the encoder or one step of the LLM: which frames of which session, when in Unix time."""
+
+    kind: str
+    session: str
+    first: int
+    last: int
+    start: float
+    end: float
 
 
 def spans(stats: dict[str, dict[str, object]]) -> list[Span]:
-    """What encoder and LLM remember of their work, by start."""
-    found = []
-    for worker in ("encoder", "llm"):
-        found += [cast("Span", tuple(span)) for span in cast("list[list[object]]", stats[worker]["timeline"])]
-    return sorted(found, key=lambda span: span[4])
+    """What encoder and LLM remember of their work, by start; batches of several sessions count for the first."""
+    encoded = []
+    for first, last, _, start, end in cast("list[tuple[str, str, int, float, float]]", stats["encoder"]["timeline"]):
+        session, _, first_seq = first.rpartition(":")
+        same, _, last_seq = last.rpartition(":")
+        encoded.append(
+            Span("encode", session, int(first_seq), int(last_seq if same == session else first_seq), start, end)
+        )
+    steps = [Span(*step) for step in cast("list[tuple[str, str, int, int, float, float]]", stats["llm"]["timeline"])]
+    return sorted(encoded + steps, key=lambda span: span.start)
 
 
-def overlaps(work: list[Span]) -> int:
-    """How many frames were encoded while an earlier frame was decided or a response was being written."""
-    encoded = [span for span in work if span[0] == "encode"]
-    llm = [span for span in work if span[0] != "encode"]
-    return sum(
-        any(other[4] < end and start < other[5] and other[3] < first for other in llm)
-        for _, _, first, _, start, end in encoded
-    )
+def overlapping(work: list[Span]) -> list[Span]:
+    """Batches that were encoded while an earlier frame was decided or a response was being written."""
+    steps = [span for span in work if span.kind != "encode"]
+    return [
+        batch
+        for batch in work
+        if batch.kind == "encode"
+        and any(step.start < batch.end and batch.start < step.end and step.last < batch.first for step in steps)
+    ]
 
 
 def draw(stats: dict[str, dict[str, object]], path: Path) -> None:
@@ -39,29 +56,28 @@ def draw(stats: dict[str, dict[str, object]], path: Path) -> None:
 
     work = spans(stats)
     start = _busiest(work)
+    frames = sum(span.last - span.first + 1 for span in overlapping(work))
     figure, axes = pyplot.subplots(figsize=(14, 3.2), layout="constrained")
-    for kind, _, first, last, begin, end in work:
-        if not start <= begin < start + SHOWN_S:
+    for span in work:
+        if not start <= span.start < start + SHOWN_S:
             continue
-        row = ROWS.index(kind)
-        axes.barh(
-            row, end - begin, left=begin - start, height=0.7, color=COLOURS[kind], edgecolor="white", linewidth=0.3
-        )
-        if kind != "speak":
-            label = str(first) if first == last else f"{first}-{last}"
-            axes.text((begin + end) / 2 - start, row + 0.42, label, ha="center", va="bottom", fontsize=6, rotation=90)
+        row, left, width = ROWS.index(span.kind), span.start - start, span.end - span.start
+        axes.barh(row, width, left=left, height=0.7, color=COLOURS[span.kind], edgecolor="white", linewidth=0.3)
+        if span.kind != "speak":
+            label = str(span.first) if span.first == span.last else f"{span.first}-{span.last}"
+            axes.text(left + width / 2, row + 0.42, label, ha="center", va="bottom", fontsize=6, rotation=90)
     axes.set_yticks(range(len(ROWS)), ["encoder: encode", "LLM: decide", "LLM: speak"])
     axes.set_ylim(-0.6, len(ROWS) - 0.1)
     axes.set_xlim(0, SHOWN_S)
     axes.set_xlabel("seconds (numbers: frames)")
-    axes.set_title(f"{overlaps(work)} frames were encoded while the LLM decided or spoke about an earlier one")
+    axes.set_title(f"{frames} frames were encoded while the LLM decided or spoke about an earlier one")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
 
 def _busiest(work: list[Span]) -> float:
-    """Start of the stretch in which the LLM spoke most, so that the picture shows both kinds of overlap."""
-    spoken = [span[4] for span in work if span[0] == "speak"] or [span[4] for span in work]
-    if not spoken:
+    """Start of the stretch with most batches that overlap."""
+    starts = [span.start for span in overlapping(work)] or [span.start for span in work]
+    if not starts:
         raise ValueError("the workers remember no work, so there is nothing to draw")
-    return max(spoken, key=lambda start: sum(start <= other < start + SHOWN_S for other in spoken)) - 0.5
+    return max(starts, key=lambda start: sum(start <= other < start + SHOWN_S for other in starts)) - 0.3
