@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
     Gemma2Config,
+    GenerationConfig,
     LlamaConfig,
     MistralConfig,
     PreTrainedConfig,
@@ -146,6 +147,19 @@ def test_the_connector_in_bf16_is_within_its_rounding(tiny_configs: dict[str, Mo
     assert found.dtype == torch.bfloat16
     # The reference rounds GELU after every step of its formula, torch once: two units in the last place.
     torch.testing.assert_close(found, golden["connector_output_bf16"], atol=2**-6, rtol=2**-6)
+
+
+def test_a_reply_is_generated_from_embedded_frames(tiny: VideoLLM, golden: dict[str, Tensor]):
+    """The tiny model knows its dialogue by heart: it ends the last answer as it was written, eos included."""
+    eos = 1023
+    assert golden["input_ids"][0, -1] == eos
+    prompt, ending = golden["input_ids"][:, :-4], golden["input_ids"][:, -4:]
+    generated = tiny.base_llm.generate(
+        inputs_embeds=tiny.embed(prompt, golden["frame_features"]),
+        attention_mask=torch.ones_like(prompt),
+        generation_config=GenerationConfig(max_new_tokens=20, do_sample=False, eos_token_id=eos, pad_token_id=eos),
+    )
+    assert torch.equal(generated, ending)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
