@@ -59,7 +59,8 @@ def build_once(name: str, build: Callable[[Path], None]) -> Path:
 def whole_folder(target: Path) -> Iterator[Path]:
     """A folder to write into, which becomes `target` when the block ends and vanishes when it raises.
 
-    An existing `target` is replaced, so a reader sees the old folder or the new one.
+    An existing `target` is replaced by two renames: a reader finds the old folder or the new one, whole, and
+    only between the two none.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{target.name}.part-", dir=target.parent))

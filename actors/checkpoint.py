@@ -105,6 +105,7 @@ def load(
     model = assemble(llm, config, parts, trainable=not merged)
     if merged:
         model.merge()
+    log.info("checkpoint=%s llm=%s merged=%s", folder, config.llm, merged)
     return _loaded(
         model.eval(),
         config,

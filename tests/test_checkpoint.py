@@ -14,7 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from actors import checkpoint, weights
 from actors.adapter import AdapterConfig
+from actors.causal_lm import load_tokenizer
 from actors.config import FrameConfig, ModelConfig
+from actors.dialogue import DialogueError
 from actors.parts import CheckpointError
 from actors.weights import WeightsError
 
@@ -461,6 +463,32 @@ def test_without_a_checkpoint_nothing_is_loaded_silently(
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
     with pytest.raises(WeightsError, match="is no folder"):
         checkpoint.load_or_untrained(config.model_copy(update={"checkpoint": "/nowhere"}))
+
+
+@pytest.mark.parametrize("vocabulary", [1024, 1100])
+def test_the_placeholder_is_outside_the_embeddings_and_the_tokenizer(
+    vocabulary: int, tiny_configs: dict[str, ModelConfig], tiny_models: Path, tmp_path: Path
+):
+    """Embeddings padded beyond the tokenizer, and (as published) a tokenizer that lists the placeholder."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **sizes)).save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tiny_models / "llm_live1plus")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<v>"]})
+    assert len(tokenizer) == 1025
+    tokenizer.save_pretrained(tmp_path)
+    loaded = checkpoint.untrained(tiny_configs["live1plus"].model_copy(update={"llm": str(tmp_path)}))
+    assert loaded.model.frame_id == loaded.template.frame_id == vocabulary
+    rendered = loaded.template.render([{"role": "user", "content": "<v>"}, {"role": "stream", "num_frames": 1}])
+    assert rendered.input_ids.count(vocabulary) == 10
+    assert loaded.model.embed(torch.tensor([rendered.input_ids]), torch.zeros(1, 10, 48)).isfinite().all()
+
+
+def test_a_tokenizer_of_another_llm_is_refused(tiny_configs: dict[str, ModelConfig], tmp_path: Path):
+    llm = shutil.copytree(tiny_configs["live1plus"].llm, tmp_path / "llm")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=1000, **sizes)).save_pretrained(llm)
+    with pytest.raises(DialogueError, match="the LLM has 1000 embeddings: this tokenizer belongs to another LLM"):
+        checkpoint.untrained(tiny_configs["live1plus"].model_copy(update={"llm": str(llm)}))
 
 
 def test_an_untrained_model_is_a_function_of_its_seed(tiny_configs: dict[str, ModelConfig]):
