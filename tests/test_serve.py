@@ -1,0 +1,231 @@
+"""The real application, started as a user starts it: Ray Serve, Redis, encoder and LLM in processes of their own.
+
+One instance with the tiny model serves all tests of this module.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+import yaml
+from live_client import LiveClient, live, post_video
+from redis.asyncio import Redis
+
+from actors.bus import Bus, BusConfig
+from actors.config import ModelConfig
+from actors.messages import FrameTokens, encode
+from serve.server_events import (
+    ErrorEvent,
+    FrameDecided,
+    ItemAdded,
+    SessionCreated,
+    SessionEnded,
+    TextDone,
+)
+
+START_S = 150
+
+
+@dataclass(frozen=True)
+class Server:
+    """The running application: its address and how to reach its Redis."""
+
+    url: str
+    redis_url: str
+    bus: BusConfig
+
+
+def start(config: Path, **environment: str) -> tuple[subprocess.Popen[str], str]:
+    """`python -m serve.app`, and its address once it is up."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "serve.app", str(config), "serve.port=0"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("ready: "):
+            return process, line.split()[1]
+    raise AssertionError(f"the application ended with {process.wait()} and said {''.join(lines)}")
+
+
+def settings_file(folder: Path, model: dict[str, object], **sections: dict[str, object]) -> Path:
+    path = folder / "settings.yaml"
+    path.write_text(yaml.safe_dump({"model": model, **sections}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(
+    tiny_configs: dict[str, ModelConfig],
+    tiny_checkpoint: Path,
+    redis_url: str,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Server]:
+    model = {**tiny_configs["live1plus"].model_dump(mode="json"), "checkpoint": str(tiny_checkpoint)}
+    prefix = f"serve-{secrets.token_hex(4)}:"
+    path = settings_file(tmp_path_factory.mktemp("serve"), model, bus={"prefix": prefix})
+    process, url = start(path, REDIS_URL=redis_url)
+    try:
+        yield Server(url, redis_url, BusConfig(prefix=prefix))
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+
+
+def play(client: LiveClient, frames: int) -> SessionEnded:
+    client.configure(video={"drop_policy": "block"})
+    for index in range(frames):
+        client.frame(index / 2)
+    return client.end()
+
+
+def test_every_admitted_frame_is_decided_once_and_in_order(server: Server) -> None:
+    with live(server.url) as client:
+        client.configure(video={"drop_policy": "block"})
+        client.ask("Please narrate the video in real time.", video_time=0.0)
+        for index in range(60):
+            client.frame(index / 2)
+        ended = client.end()
+    assert client.decided() == [(index, index / 2) for index in range(60)]
+    assert (ended.frames.admitted, ended.frames.decided, ended.frames.dropped) == (60, 60, 0)
+    assert [item.item.content[0].text for item in client.all(ItemAdded)] == ["Please narrate the video in real time."]
+    assert client.all(TextDone)[0].video_time == 0.0
+
+
+def test_two_sessions_run_at_once_and_do_not_mix(server: Server) -> None:
+    with live(server.url) as one, live(server.url) as two:
+        for client, step in ((one, 1.0), (two, 0.25)):
+            client.configure(video={"drop_policy": "block"})
+            for index in range(20):
+                client.frame(index * step)
+        for client, step in ((one, 1.0), (two, 0.25)):
+            client.end()
+            assert client.decided() == [(index, index * step) for index in range(20)]
+
+
+def test_one_clients_bad_input_is_nothing_to_another(server: Server) -> None:
+    with live(server.url) as good, live(server.url) as bad:
+        good.configure(video={"drop_policy": "block"})
+        bad.configure(video={"drop_policy": "block"})
+        good.frame(0)
+        bad.frame(0, b"this is no picture")
+        for message in ("{", '{"type": "what"}', b"\x01short"):
+            bad.socket.send(message)
+        bad.frame(float("nan"))
+        good.frame(1)
+        bad.frame(1)
+        bad.end()
+        good.end()
+    assert sorted(event.error.code for event in bad.all(ErrorEvent)) == [
+        "bad_frame", "bad_json", "bad_time", "frame_skipped", "unknown_type"
+    ]  # fmt: skip
+    assert bad.decided() == [(1, 1.0)]
+    assert good.decided() == [(0, 0.0), (1, 1.0)]
+    assert not good.all(ErrorEvent)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "says"),
+    [
+        (torch.zeros(3, 48, dtype=torch.float16), "shape"),
+        (torch.zeros(10, 7, dtype=torch.bfloat16), "shape"),
+        (torch.full((10, 48), float("nan"), dtype=torch.float16), "not finite"),
+    ],
+    ids=["another number of tokens", "another width", "not finite"],
+)
+def test_frame_tokens_that_the_model_cannot_take_are_skipped(server: Server, tokens: torch.Tensor, says: str) -> None:
+    with live(server.url) as other, live(server.url) as client:
+        session_id = client.until(SessionCreated).session.id
+        other.configure(video={"drop_policy": "block"})
+        client.configure(video={"drop_policy": "block"})
+        asyncio.run(put_input(server, session_id, b"no message at all"))
+        asyncio.run(put_input(server, session_id, encode(FrameTokens.from_tensor(0, 0.0, tokens))))
+        client.frame(0)
+        client.frame(1)
+        client.end()
+        assert play(other, 3).frames.decided == 3
+    (error,) = client.all(ErrorEvent)
+    assert error.error.code == "frame_skipped"
+    assert says in error.error.message
+    assert client.decided() == [(1, 1.0)]
+
+
+async def put_input(server: Server, session_id: str, message: bytes) -> None:
+    """Put bytes into a session's input, past every check, once the session is there."""
+    bus = await Bus.connect(server.bus, server.redis_url)
+    redis = Redis.from_url(server.redis_url)
+    try:
+        async with asyncio.timeout(30):
+            while await bus.session_meta(session_id) is None:
+                await asyncio.sleep(0.01)
+        await redis.xadd(bus.keys.input(bus.partition(session_id), session_id), {"m": message})
+    finally:
+        await redis.aclose()
+        await bus.close()
+
+
+def test_a_posted_video_is_watched_and_told_as_it_goes(server: Server, sample_video: Path) -> None:
+    events = post_video(
+        server.url,
+        sample_video.read_bytes(),
+        question="Please narrate the video in real time.",
+        question_time="0",
+        max_output_tokens="3",
+        include="frame_decided",
+    )
+    decided = [(event.seq, event.video_time) for event in events if isinstance(event, FrameDecided)]
+    assert decided == [(index, index / 2) for index in range(len(decided))]
+    ended = events[-1]
+    assert isinstance(ended, SessionEnded)
+    assert ended.frames.decided == ended.frames.received == len(decided) > 100
+    assert any(isinstance(event, TextDone) for event in events)
+
+
+def test_a_posted_text_is_no_video(server: Server) -> None:
+    answer = httpx.post(f"{server.url}/v1/videos", files={"video": ("notes.mp4", b"just words")})
+    assert answer.status_code == 422
+    assert answer.json()["error"]["code"] == "bad_video"
+
+
+def test_encoder_llm_and_gateway_are_processes_of_their_own(server: Server) -> None:
+    stats = httpx.get(f"{server.url}/v1/stats", timeout=30).json()
+    assert len({stats[part]["pid"] for part in ("gateway", "encoder", "llm")}) == 3
+    assert stats["encoder"]["encoded"] > 0
+    assert stats["llm"]["frames_decided"] > 0
+
+
+def test_a_client_that_goes_away_leaves_nothing_running(server: Server) -> None:
+    with live(server.url) as client:
+        client.configure(max_output_tokens=4096)
+        client.ask("Tell me everything.", video_time=0.0)
+        client.frame(0)
+        session_id = client.until(SessionCreated).session.id
+        client.until(FrameDecided)
+
+    async def state() -> str:
+        bus = await Bus.connect(server.bus, server.redis_url)
+        try:
+            async with asyncio.timeout(30):
+                while (meta := await bus.session_meta(session_id)) and meta.state != "ended":
+                    await asyncio.sleep(0.05)
+            return meta.state if meta else "gone"
+        finally:
+            await bus.close()
+
+    assert asyncio.run(state()) == "ended"
