@@ -14,6 +14,8 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -31,18 +33,15 @@ exec 3<&0 </dev/null
 exec "$@" 3<&-
 """
 
-SETTINGS = """
-bind 127.0.0.1
-port {port}
-protected-mode yes
-requirepass {password}
-dir {folder}
-save ""
-appendonly no
-maxmemory {maxmemory}
-maxmemory-policy noeviction
-daemonize no
-"""
+SETTINGS = {
+    "bind": "127.0.0.1",
+    "protected-mode": "yes",
+    "save": '""',
+    "appendonly": "no",
+    "maxmemory": "2gb",
+    "maxmemory-policy": "noeviction",
+    "daemonize": "no",
+}
 
 
 class RedisServerError(RuntimeError):
@@ -52,11 +51,11 @@ class RedisServerError(RuntimeError):
 class RedisServer:
     """`with RedisServer() as url:` runs a server of our own; `url` holds its password: do not log it.
 
-    Started again after `stop`, it has the same address and no data.
+    `settings` are lines of its configuration. Started again after `stop`, it has the same address and no data.
     """
 
-    def __init__(self, maxmemory: str = "2gb") -> None:
-        self.maxmemory = maxmemory
+    def __init__(self, settings: Mapping[str, str] | None = None) -> None:
+        self.settings = SETTINGS | dict(settings or {})
         self.port: int | None = None
         self._password = secrets.token_urlsafe(24)
         self._process: subprocess.Popen[bytes] | None = None
@@ -108,10 +107,9 @@ class RedisServer:
 
     def _launch(self, binary: Path, port: int) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="videollm-redis-"))
+        own = {"port": str(port), "requirepass": self._password, "dir": str(self._folder)}
         settings = self._folder / "server.conf"
-        settings.write_text(
-            SETTINGS.format(port=port, password=self._password, folder=self._folder, maxmemory=self.maxmemory)
-        )
+        settings.write_text("".join(f"{name} {value}\n" for name, value in (self.settings | own).items()))
         # A session of its own: Ctrl-C in a terminal must reach the program only, which then stops the server last.
         with (self._folder / LOG).open("wb") as log:
             self._process = subprocess.Popen(
@@ -162,8 +160,7 @@ def _free_port() -> int:
 def _dismiss(process: subprocess.Popen[bytes]) -> None:
     if process.stdin is None:
         return
-    try:
+    with suppress(BrokenPipeError):
         process.stdin.write(b"\n")
+    with suppress(BrokenPipeError):
         process.stdin.close()
-    except BrokenPipeError:
-        pass

@@ -284,3 +284,42 @@ async def test_an_idle_bus_hardly_asks_anything(own: Bus, server: RedisServer) -
     following.cancel()
     await asyncio.gather(following, return_exceptions=True)
     await tail.aclose()
+
+
+async def test_no_command_crosses_partitions() -> None:
+    """A whole life of sessions on a cluster node, which refuses any command whose keys lie in two slots."""
+    server = RedisServer({"cluster-enabled": "yes", "cluster-config-file": "nodes.conf"})
+    with server as url:
+        async with Redis.from_url(url) as redis:
+            await redis.execute_command("CLUSTER", "ADDSLOTS", *range(16384))
+            async with asyncio.timeout(10):
+                while b"cluster_state:ok" not in await redis.execute_command("CLUSTER", "INFO"):
+                    await asyncio.sleep(0.01)
+        bus = await Bus.connect(BusConfig(partitions=4, reclaim_idle_ms=20), url)
+        names = [f"session-{number}" for number in range(8)]
+        for name in names:
+            await bus.open_session(name, "model-a", SessionSettings())
+            await bus.admit_frame(name, 0.0, b"jpeg", bulk=name == names[0])
+            await bus.admit_frame(name, 0.5, b"jpeg")
+            await bus.send(name, Interrupt(after_seq=1))
+        seen = set()
+        async with asyncio.timeout(10):
+            while len(seen) < 16:
+                for pending in await bus.read_frames("encoder", 3, 100):
+                    if pending.deliveries > 1:
+                        seen.add((pending.frame.session_id, pending.frame.seq))
+                        skipped = FrameSkipped(seq=pending.frame.seq, time=pending.frame.time, reason="test")
+                        await bus.publish(pending, skipped)
+        leases = [lease for part in range(4) for lease in await bus.claim("replica", "model-a", part, 9)]
+        assert sorted(lease.session_id for lease in leases) == names
+        assert await bus.renew(leases) == []
+        for lease in leases:
+            await bus.read_inputs({lease.session_id: "0-0"}, 0, bus.partition(lease.session_id))
+            await bus.append(lease, 0, [decided(0), SessionEnded(reason="done")], 1)
+            await bus.trim(lease, b"", "0-0", 1)
+            await bus.touch(lease.session_id)
+            assert [position async for position, _ in bus.tail(lease.session_id)] == [0, 1]
+        await bus.release(leases[0])
+        assert await bus.abandon(leases[0].session_id, "test")
+        assert [await bus.end_session(lease) for lease in leases[1:]] == [True] * 7
+        await bus.close()

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from redis import AuthenticationError, Redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from actors import redis_server
 from actors.redis_server import RedisServer, RedisServerError
@@ -28,13 +30,13 @@ def refuses(port: int, within_s: float = 10.0) -> bool:
 
 
 def test_the_server_is_on_loopback_behind_a_password_and_keeps_nothing() -> None:
-    server = RedisServer(maxmemory="100mb")
+    server = RedisServer({"maxmemory": "100mb"})
     with server as url, Redis.from_url(url) as redis:
         assert url.endswith(f"@127.0.0.1:{server.port}/0")
         wanted = {"bind": "127.0.0.1", "protected-mode": "yes", "save": "", "appendonly": "no"}
         wanted |= {"maxmemory-policy": "noeviction", "maxmemory": str(100 << 20)}
         assert {name: redis.config_get(name)[name] for name in wanted} == wanted
-        with Redis(port=server.port) as stranger, pytest.raises(AuthenticationError):
+        with Redis(port=server.port, retry=Retry(NoBackoff(), 0)) as stranger, pytest.raises(AuthenticationError):
             stranger.ping()
         folder = Path(redis.config_get("dir")["dir"])
         assert folder.stat().st_mode & 0o077 == 0
@@ -88,7 +90,7 @@ def test_a_missing_package_is_an_error_that_says_what_to_do(monkeypatch: pytest.
 
 def test_a_server_that_cannot_start_says_why() -> None:
     with pytest.raises(RedisServerError, match=r"does not start: .*maxmemory"):
-        RedisServer(maxmemory="plenty").start()
+        RedisServer({"maxmemory": "plenty"}).start()
 
 
 @pytest.mark.parametrize("thread", [False, True])
