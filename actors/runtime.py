@@ -37,3 +37,11 @@ def limit_threads(threads: int) -> None:
     so every actor says how many it wants; one is right unless it has cores of its own.
     """
     torch.set_num_threads(threads)
+
+
+def native_dtype(wanted: torch.dtype, device: torch.device | str) -> torch.dtype:
+    """`wanted`, or float32 on a CPU that can only imitate bfloat16, which makes it about six times slower."""
+    native = torch.device(device).type != "cpu" or (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )
+    return wanted if native else torch.float32

@@ -52,8 +52,8 @@ class TrainingConfig(Section):
     workers: int = Field(default=1, ge=1)
     cpus_per_worker: float = Field(default=0.5, gt=0, description="logical CPUs of Ray, not threads")
     gpu: bool = Field(default=False, description="give each worker one GPU")
-    threads: int | None = Field(
-        default=None, ge=1, description="of torch in a worker; null: the machine's cores shared out"
+    threads: int = Field(
+        default=1, ge=1, description="of torch in a worker on CPUs; more than the cores it has to itself is far slower"
     )
     checkpoint_every: int = Field(default=100, ge=1, description="steps; the last one is always saved")
     keep_checkpoints: int = Field(default=2, ge=1)

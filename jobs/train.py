@@ -17,7 +17,6 @@ import copy
 import hashlib
 import json
 import logging
-import os
 import shutil
 import sys
 import tempfile
@@ -34,7 +33,7 @@ from actors.config import Config, ConfigError, ModelConfig, Section
 from actors.dialogue import Template
 from actors.embedded import EmbeddedModelError
 from actors.parts import CheckpointError
-from actors.runtime import limit_threads
+from actors.runtime import limit_threads, native_dtype
 from actors.turns import DialogueError
 from actors.vision import vision_fingerprint
 from actors.weights import WeightsError
@@ -76,7 +75,7 @@ def train(config: Config) -> Path:
     _keep_settings(config, data, run_folder / "settings.json")
     steps = settings.num_steps(len(data))
     logger.info("run=%s dialogues=%d videos=%d steps=%d", run_folder, len(data), len(data.video_ids()), steps)
-    connect()
+    connect(dashboard=True)
     result = _trainer(config, settings, run_folder).fit()
     if result.checkpoint is None:
         raise TrainingError(f"the run in {run_folder} ended without a checkpoint: look at its metrics.jsonl")
@@ -136,7 +135,7 @@ def _work(parcel: dict) -> None:
     settings = config.section("training", TrainingConfig)
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
-    limit_threads(settings.threads or max(1, (os.cpu_count() or 1) // workers))
+    limit_threads(settings.threads)
     device = ray.train.torch.get_device()
     loaded = _start(config.model, settings, device)
     module = ray.train.torch.prepare_model(loaded.model)
@@ -157,9 +156,10 @@ def _work(parcel: dict) -> None:
 
 def _start(model: ModelConfig, settings: TrainingConfig, device: torch.device) -> checkpoint.Loaded:
     """The model before its first step: new adapter and connector, or those of `model.checkpoint`."""
+    dtype = native_dtype(getattr(torch, model.dtype), device)
     if model.checkpoint is None:
-        return checkpoint.untrained(model, settings.seed, device, adapter=settings.adapter)
-    loaded = checkpoint.load(model, device, merged=False)
+        return checkpoint.untrained(model, settings.seed, device, dtype, settings.adapter)
+    loaded = checkpoint.load(model, device, dtype, merged=False)
     if loaded.adapter != settings.adapter:
         raise ConfigError(
             f"model.checkpoint {model.checkpoint} has the adapter {loaded.adapter}, training.adapter is "
