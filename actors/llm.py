@@ -18,7 +18,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -129,7 +129,7 @@ class LLMWorker:
         self.step_s = 0.0
         self.timeline: deque[tuple[str, str, int, int, float, float]] = deque(maxlen=TIMELINE)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._outbox: asyncio.Queue[tuple[str, list[LogEntry], int]] = asyncio.Queue()
+        self._outbox: asyncio.Queue[tuple[str, list[LogEntry], int] | None] = asyncio.Queue()
         self._stopping = asyncio.Event()
         self._claim_now = asyncio.Event()
         self._step_stop = threading.Event()
@@ -142,12 +142,12 @@ class LLMWorker:
         """
         self._loop = asyncio.get_running_loop()
         stepper = self._loop.run_in_executor(None, self._step_forever)
-        tasks = [asyncio.create_task(self._claim_forever()), asyncio.create_task(self._append_forever())]
+        appending = asyncio.create_task(self._append_forever())
+        tasks = [asyncio.create_task(self._claim_forever()), asyncio.create_task(self._renew_forever())]
         tasks += [asyncio.create_task(self._read_forever(p)) for p in range(self.bus.config.partitions)]
-        tasks.append(asyncio.create_task(self._renew_forever()))
         stopping = asyncio.create_task(self._stopping.wait())
         try:
-            done, _ = await asyncio.wait([stepper, stopping, *tasks], return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait([stepper, stopping, appending, *tasks], return_when=asyncio.FIRST_COMPLETED)
             for finished in done - {stopping}:
                 finished.result()
         finally:
@@ -155,10 +155,10 @@ class LLMWorker:
             self._inbox.put(lambda: None)
             await asyncio.wait([stepper])
             self._step_ended = True
-            await self._drain_outbox()
-            for task in [stopping, *tasks]:
-                task.cancel()
-            await asyncio.gather(stopping, *tasks, return_exceptions=True)
+            self._take_inbox(wait=False)
+            self._outbox.put_nowait(None)
+            await asyncio.wait([appending])
+            await _cancel([stopping, *tasks])
             for held in self.held.values():
                 await self._quietly(self.bus.release(held.lease))
 
@@ -365,8 +365,8 @@ class LLMWorker:
     # -- the log --------------------------------------------------------------------------------
 
     async def _append_forever(self) -> None:
-        while True:
-            session_id, entries, decided = await self._outbox.get()
+        while (item := await self._outbox.get()) is not None:
+            session_id, entries, decided = item
             await self._append_until_answered(session_id, entries, decided)
 
     async def _append_until_answered(self, session_id: str, entries: list[LogEntry], decided: int) -> None:
@@ -399,11 +399,6 @@ class LLMWorker:
         """Keep in Redis what the window and clients that resume still need."""
         window = held.window(entry, position)
         await self.bus.trim(held.lease, encode(window), window.in_id, window.out_position)
-
-    async def _drain_outbox(self) -> None:
-        while not self._outbox.empty():
-            session_id, entries, decided = self._outbox.get_nowait()
-            await self._guarded(self._append_until_answered(session_id, entries, decided))
 
     # -- plumbing -------------------------------------------------------------------------------
 
@@ -479,6 +474,17 @@ def _backoff():
         delay_s = min(2 * delay_s, RETRY_S[1])
 
 
+async def _cancel(tasks: Sequence[asyncio.Task[None]]) -> None:
+    """End tasks, asking again: a connection that is being read may swallow a cancellation."""
+    pending = set(tasks)
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=1)
+
+
 async def _wait(event: asyncio.Event, timeout_s: float) -> None:
+    # Not wait_for: in Python 3.11 it may swallow a cancellation that comes with the event.
     with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(event.wait(), timeout_s)
+        async with asyncio.timeout(timeout_s):
+            await event.wait()

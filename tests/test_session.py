@@ -421,9 +421,8 @@ def play(ops: list[tuple], speaking: set[int], run: int) -> Driver:
     """A random stream, driven to its end."""
     session = make_session(Limits(420, memory_tokens=20), max_response_tokens=8)
     driver = Driver(session, speaks=lambda seq: seq in speaking, run=run)
-    admitted = count = 0
-    for name, value in ops:
-        count += 1
+    admitted = 0
+    for count, (name, value) in enumerate(ops):
         if name == "frames":
             driver.frames(admitted, admitted + value)
             admitted += value

@@ -1,0 +1,282 @@
+"""The LLM actor on a real Redis server with the tiny model: leases, order, takeover."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from actors import checkpoint
+from actors.backends import build_engine
+from actors.bus import Bus, BusConfig
+from actors.engine import EngineConfig
+from actors.llm import LLMWorker
+from actors.messages import (
+    End,
+    Evicted,
+    Frame,
+    FramesDecided,
+    FrameSkipped,
+    FrameTokens,
+    LogEntry,
+    Query,
+    QueryConsumed,
+    ResponseEnded,
+    ResponseTokens,
+    SessionEnded,
+    SessionSettings,
+)
+
+LOADED: dict[Path, checkpoint.Loaded] = {}
+SETTINGS = SessionSettings(threshold=0.3, max_response_tokens=12)
+
+
+def tokens(seq: int) -> torch.Tensor:
+    """Frame tokens of a world that changes every few frames."""
+    generator = torch.Generator().manual_seed(seq // 4)
+    return torch.randn(10, 48, generator=generator).half()
+
+
+class Live:
+    """A bus, a tiny model and what clients and encoders do, without Serve."""
+
+    def __init__(self, url: str, folder: Path) -> None:
+        self.url = url
+        self.loaded = LOADED.setdefault(folder, checkpoint.load(folder))
+        self.config = BusConfig(prefix=secrets.token_hex(4) + ":", lease_ms=1000, renew_ms=200, partitions=4)
+        self.workers: list[asyncio.Task[None]] = []
+
+    async def connect(self) -> Bus:
+        return await Bus.connect(self.config, self.url)
+
+    @asynccontextmanager
+    async def worker(self, name: str = "replica", **engine: object) -> AsyncIterator[LLMWorker]:
+        bus = await self.connect()
+        settings = EngineConfig(**engine)
+        worker = LLMWorker(
+            bus,
+            build_engine(self.loaded.model, self.loaded.template, settings),
+            name=name,
+            tokens_shape=self.loaded.model.frame_shape,
+            fingerprint=self.loaded.fingerprint,
+            max_sessions=settings.max_sessions,
+        )
+        task = asyncio.create_task(worker.run())
+        try:
+            yield worker
+        finally:
+            worker.stop()
+            await asyncio.wait_for(task, 20)
+            await bus.close()
+
+    async def encode(self, bus: Bus, session_id: str, count: int, start: int = 0, order: Callable = sorted) -> None:
+        """Admit frames and publish their tokens, as gateway and encoder do."""
+        for seq in range(start, start + count):
+            await until(lambda seq=seq: bus.admit_frame(session_id, seq / 2, b"picture"))
+        pending = []
+        while len(pending) < count:
+            pending += await bus.read_frames("encoder", count, 200)
+        for one in order(pending, key=lambda one: one.frame.seq):
+            frame: Frame = one.frame
+            await bus.publish(one, FrameTokens.from_tensor(frame.seq, frame.time, tokens(frame.seq)))
+
+
+async def until(call: Callable[[], Awaitable[object]], seconds: float = 20) -> object:
+    async with asyncio.timeout(seconds):
+        while (value := await call()) is None or value is False:
+            await asyncio.sleep(0.01)
+        return value
+
+
+async def whole_log(bus: Bus, session_id: str) -> list[LogEntry]:
+    async with asyncio.timeout(30):
+        return [entry async for _, entry in bus.tail(session_id)]
+
+
+def decided(log: list[LogEntry]) -> list[int]:
+    return [
+        seq for entry in log if isinstance(entry, FramesDecided) for seq in range(entry.first_seq, entry.last_seq + 1)
+    ]
+
+
+@pytest.fixture
+def live(redis_url: str, tiny_checkpoint: Path) -> Live:
+    return Live(redis_url, tiny_checkpoint)
+
+
+def same(one: list[LogEntry], other: list[LogEntry]) -> None:
+    """Assert that two logs agree in all that must not depend on who ran the session or how frames were grouped."""
+    assert essence(one) == essence(other)
+    probabilities = [[p for e in log if isinstance(e, FramesDecided) for p in e.p_silent] for log in (one, other)]
+    assert probabilities[0] == pytest.approx(probabilities[1], abs=1e-3)
+
+
+def essence(log: list[LogEntry]) -> list[tuple[object, ...]]:
+    found: list[tuple[object, ...]] = []
+    for entry in log:
+        if isinstance(entry, FramesDecided):
+            found += [("frame", seq) for seq in range(entry.first_seq, entry.last_seq + 1)]
+        elif isinstance(entry, ResponseTokens):
+            found += [("token", token) for token in entry.ids]
+        elif isinstance(entry, QueryConsumed | ResponseEnded | SessionEnded):
+            found.append((entry.kind, getattr(entry, "text", "")))
+    return found
+
+
+def test_every_admitted_frame_is_decided_once_in_order(live: Live) -> None:
+    async def scenario() -> None:
+        bus = await live.connect()
+        async with live.worker():
+            for session_id in ("a", "b"):
+                await bus.open_session(session_id, live.loaded.fingerprint, SETTINGS)
+            await bus.send("a", Query(query_id="q", text="Please narrate.", after_seq=-1, time=0.0))
+            await live.encode(bus, "a", 20, order=lambda frames, key: sorted(frames, key=key, reverse=True))
+            await live.encode(bus, "b", 5)
+            for session_id, count in (("a", 20), ("b", 5)):
+                await bus.send(session_id, End(after_seq=count - 1))
+                log = await whole_log(bus, session_id)
+                assert decided(log) == list(range(count))
+                assert isinstance(log[-1], SessionEnded)
+            meta = await bus.session_meta("a")
+            assert meta is not None
+            assert (meta.admitted, meta.decided, meta.state) == (20, 20, "ended")
+        await bus.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_frame_of_wrong_shape_is_skipped_by_name_and_the_session_goes_on(live: Live) -> None:
+    async def scenario() -> None:
+        bus = await live.connect()
+        async with live.worker():
+            await bus.open_session("a", live.loaded.fingerprint, SETTINGS)
+            await live.encode(bus, "a", 2)
+            await bus.admit_frame("a", 1.0, b"picture")
+            (pending,) = await bus.read_frames("encoder", 1, 1000)
+            await bus.publish(pending, FrameTokens.from_tensor(2, 1.0, torch.zeros(3, 7).half()))
+            await live.encode(bus, "a", 2, start=3)
+            await bus.send("a", End(after_seq=4))
+            log = await whole_log(bus, "a")
+            (skipped,) = [entry for entry in log if isinstance(entry, FrameSkipped)]
+            assert "[3, 7]" in skipped.reason
+            assert "[10, 48]" in skipped.reason
+            assert decided(log) == [0, 1, 3, 4]
+        await bus.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_released_session_is_taken_over_and_goes_on_as_if_nothing_had_happened(live: Live) -> None:
+    async def run(session_id: str, takeovers: int) -> list[LogEntry]:
+        bus = await live.connect()
+        await bus.open_session(session_id, live.loaded.fingerprint, SETTINGS)
+        await bus.send(session_id, Query(query_id="q", text="Please narrate.", after_seq=-1, time=1.0))
+        for part in range(takeovers + 1):
+            async with live.worker(f"replica{part}"):
+                await live.encode(bus, session_id, 6, start=6 * part)
+                if part == takeovers:
+                    await bus.send(session_id, End(after_seq=6 * part + 5))
+                    log = await whole_log(bus, session_id)
+                elif part == 0:
+                    await until(lambda: _decided(bus, session_id, 3))
+        meta = await bus.session_meta(session_id)
+        assert meta is not None
+        assert meta.epoch >= takeovers
+        await bus.close()
+        return log
+
+    async def _decided(bus: Bus, session_id: str, count: int) -> bool:
+        meta = await bus.session_meta(session_id)
+        return meta is not None and meta.decided >= count
+
+    disturbed = asyncio.run(run("disturbed", 3))
+    alone = asyncio.run(live_run(live, "alone", 24))
+    same(disturbed, alone)
+
+
+async def live_run(live: Live, session_id: str, count: int) -> list[LogEntry]:
+    """The same stream on one replica from begin to end."""
+    bus = await live.connect()
+    async with live.worker():
+        await bus.open_session(session_id, live.loaded.fingerprint, SETTINGS)
+        await bus.send(session_id, Query(query_id="q", text="Please narrate.", after_seq=-1, time=1.0))
+        await live.encode(bus, session_id, count)
+        await bus.send(session_id, End(after_seq=count - 1))
+        log = await whole_log(bus, session_id)
+    await bus.close()
+    return log
+
+
+def test_a_takeover_after_evictions_and_trimming_goes_on_as_if_nothing_had_happened(live: Live) -> None:
+    narrow = {"max_positions": 512, "memory_tokens": 16}
+
+    async def run(session_id: str, parts: list[int]) -> list[LogEntry]:
+        bus = await live.connect()
+        await bus.open_session(session_id, live.loaded.fingerprint, SETTINGS)
+        log: list[LogEntry] = []
+        reading = asyncio.create_task(_collect(bus, session_id, log))
+        start = 0
+        for part in parts:
+            async with live.worker(f"replica{start}", **narrow):
+                for chunk in range(start, start + part, 30):
+                    await live.encode(bus, session_id, 30, start=chunk)
+                start += part
+                if start == sum(parts):
+                    await bus.send(session_id, End(after_seq=start - 1))
+                    await asyncio.wait_for(reading, 30)
+                else:
+                    await until(lambda start=start: _at(bus, session_id, start - 2))
+        await bus.close()
+        return log
+
+    async def _collect(bus: Bus, session_id: str, log: list[LogEntry]) -> None:
+        async for _, entry in bus.tail(session_id):
+            log.append(entry)
+
+    async def _at(bus: Bus, session_id: str, count: int) -> bool:
+        meta = await bus.session_meta(session_id)
+        return meta is not None and meta.decided >= count
+
+    disturbed = asyncio.run(run("disturbed", [30, 30, 30, 30]))
+    alone = asyncio.run(run("alone", [120]))
+    assert any(isinstance(entry, Evicted) for entry in disturbed)
+    assert decided(disturbed) == list(range(120))
+    same(disturbed, alone)
+
+
+def test_a_replica_claims_only_sessions_of_its_own_model(live: Live) -> None:
+    async def scenario() -> None:
+        bus = await live.connect()
+        async with live.worker() as worker:
+            await bus.open_session("other", "another-model", SETTINGS)
+            await bus.open_session("mine", live.loaded.fingerprint, SETTINGS)
+            await until(lambda: _held(bus, "mine"))
+            meta = await bus.session_meta("other")
+            assert meta is not None
+            assert not meta.held
+            assert worker.stats()["sessions"] == 1
+        await bus.close()
+
+    async def _held(bus: Bus, session_id: str) -> bool:
+        meta = await bus.session_meta(session_id)
+        return meta is not None and meta.held
+
+    asyncio.run(scenario())
+
+
+def test_settings_that_cannot_hold_end_the_session_with_the_reason(live: Live) -> None:
+    async def scenario() -> None:
+        bus = await live.connect()
+        async with live.worker():
+            await bus.open_session("a", live.loaded.fingerprint, SessionSettings(window_trigger=1_000_000))
+            log = await whole_log(bus, "a")
+            assert isinstance(log[-1], SessionEnded)
+            assert "1000000" in log[-1].reason
+        await bus.close()
+
+    asyncio.run(scenario())
