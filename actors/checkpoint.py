@@ -46,14 +46,18 @@ HEAD_FILE = "head.safetensors"
 
 
 class Settings(Section):
-    """What `settings.json` holds. `llm`, `features` and `parts` say which weights belong together:
-    digests of the language model and of our own files, and the feature fingerprint of the frame tokens."""
+    """What `settings.json` holds.
+
+    `llm`, `features` and `parts` say which weights belong together: the digests of the language model and
+    of our own files, and the feature fingerprint of the frame tokens. `fingerprint` is that of `Loaded`.
+    """
 
     format_version: Literal[1]
     model: ModelConfig
     llm: str
     features: str
     parts: str
+    fingerprint: str
     trained_videos: list[str]
 
 
@@ -172,7 +176,8 @@ def save(folder: str | Path, loaded: Loaded, trained_videos: Iterable[str] = ())
         model=loaded.config.model_copy(update={"checkpoint": None}),
         llm=loaded.llm,
         features=loaded.features,
-        parts=parts.digest(),
+        parts=parts.digest,
+        fingerprint=_fingerprint(loaded.config, loaded.llm, parts, loaded.features),
         trained_videos=sorted({*loaded.trained_videos, *trained_videos}),
     )
     with whole_folder(Path(folder)) as part:
@@ -270,7 +275,7 @@ def _read_parts(folder: Path, settings: Settings) -> Parts:
         lora = read_tensors(folder / WEIGHTS_FILE)
     head = read_tensors(folder / HEAD_FILE).get("head") if (folder / HEAD_FILE).exists() else None
     parts = Parts(read_tensors(folder / CONNECTOR_FILE), lora, adapter, head)
-    if (found := parts.digest()) != settings.parts:
+    if (found := parts.digest) != settings.parts:
         raise CheckpointError(
             f"the weights in {folder} have digest {found}, {SETTINGS_FILE} expects {settings.parts}: "
             "files were lost, changed or mixed after it was saved; copy it again"
@@ -296,15 +301,19 @@ def _loaded(
     features: str,
     trained_videos: list[str],
 ) -> Loaded:
-    covered = [llm_digest, parts.digest(), features, config.frames.model_dump_json(), config.system_prompt]
     return Loaded(
         model=model,
         template=Template(load_tokenizer(tokenizer_folder), config.frames, vocab_size=model.frame_id),
         config=config,
         llm=llm_digest,
         features=features,
-        fingerprint=f"{Path(config.llm).name}/{combine(covered)}",
+        fingerprint=_fingerprint(config, llm_digest, parts, features),
         trained_videos=trained_videos,
         adapter=parts.adapter,
         head=parts.head,
     )
+
+
+def _fingerprint(config: ModelConfig, llm_digest: str, parts: Parts, features: str) -> str:
+    covered = [llm_digest, parts.digest, features, config.frames.model_dump_json(), config.system_prompt]
+    return f"{Path(config.llm).name}/{combine(covered)}"

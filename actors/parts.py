@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -41,6 +42,7 @@ class Parts:
     adapter: AdapterConfig | None
     head: Tensor | None = None
 
+    @cached_property
     def digest(self) -> str:
         """16 hex digits that change with any value, and not with the form of the checkpoint."""
         hasher = hashlib.blake2b(digest_size=8)
