@@ -103,7 +103,9 @@ class FrameStore:
         return cls(path, info)
 
     def file(self, video_id: str) -> Path:
-        return self.path / "videos" / (quote(video_id, safe=" +,=@") + SUFFIX)
+        """Where the video is, once it is complete; until then the name has a dot before it."""
+        name = quote(video_id, safe=" +,=@")
+        return self.path / "videos" / (("%2E" + name[1:] if name.startswith(".") else name) + SUFFIX)
 
     def video_ids(self) -> list[str]:
         """The ids of all videos that are completely in the store, sorted."""

@@ -1,0 +1,208 @@
+"""jobs.encode_frames: which videos, in which order, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from actors.config import Config, ConfigError, ModelConfig
+from actors.encoder import EncoderConfig, FrameEncoder
+from actors.video import read_frames
+from jobs.dataset import FrameStore, StoreError, StoreInfo
+from jobs.dialogues import DataConfig, Dialogue, to_line
+from jobs.encode_frames import ChunkEncoder, EncodingError, StoreConfig, _decode, _OpenVideo, encode, find_videos
+
+# Ray warns about its own settings when it copies them.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
+
+
+def write_clip(path: Path, frames: int, rate: int = 4) -> Path:
+    """A video whose frames differ."""
+    import av
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=rate)
+        stream.width, stream.height = 64, 48
+        for index in range(frames):
+            pixels = np.full((48, 64, 3), 8 * index % 256, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.fixture
+def settings_of(tiny_configs: dict[str, ModelConfig], tmp_path: Path):
+    """Settings for the tiny SigLIP and the videos in `tmp_path/videos`; keywords are of the section `store`."""
+
+    def settings(**store: object) -> Config:
+        return Config(
+            {
+                "model": tiny_configs["live1plus"].model_dump(),
+                "data": {"fps": 2.0},
+                "store": {"folder": str(tmp_path / "store"), "videos": [str(tmp_path / "videos")], "batch_size": 4}
+                | {"encoder_cpus": 0.5, "decoder_cpus": 0.25}
+                | store,
+            }
+        )
+
+    return settings
+
+
+def chunks_of(path: Path, size: int = 4) -> list[dict[str, np.ndarray]]:
+    batch = {"video_id": np.array(["clip"]), "path": np.array([str(path)])}
+    return list(_decode(batch, fps=2.0, resolution_px=32, size=size))
+
+
+def test_a_video_becomes_chunks_of_one_size_the_last_of_which_says_so(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "clip.mp4", frames=20)  # 5 s: 10 frames at 2 a second
+    chunks = chunks_of(path)
+    assert [(int(c["first"][0]), int(c["count"][0]), bool(c["last"][0])) for c in chunks] == [
+        (0, 4, False),
+        (4, 4, False),
+        (8, 2, True),
+    ]
+    assert {c["frames"].shape for c in chunks} == {(1, 4, 32, 32, 3)}
+    decoded = [frame.image for frame in read_frames(path, 2.0, 32)]
+    assert np.array_equal(np.concatenate([c["frames"][0, : int(c["count"][0])] for c in chunks]), np.stack(decoded))
+    assert chunks[1]["times"][0].tolist() == [2.0, 2.5, 3.0, 3.5]
+
+
+def test_a_video_that_fills_its_last_chunk_has_no_empty_one(tmp_path: Path) -> None:
+    chunks = chunks_of(write_clip(tmp_path / "clip.mp4", frames=16))
+    assert [(int(c["count"][0]), bool(c["last"][0])) for c in chunks] == [(4, False), (4, True)]
+
+
+def test_a_broken_video_becomes_one_chunk_with_the_reason(tmp_path: Path) -> None:
+    path = tmp_path / "broken.mp4"
+    path.write_bytes(b"no video")
+    [chunk] = chunks_of(path)
+    assert (int(chunk["count"][0]), bool(chunk["last"][0])) == (0, True)
+    assert "not a readable video" in str(chunk["error"][0])
+
+
+def test_chunks_in_any_order_are_stored_in_their_own(tmp_path: Path, tiny_configs: dict[str, ModelConfig]) -> None:
+    path = write_clip(tmp_path / "clip.mp4", frames=40)
+    encoder = ChunkEncoder(tiny_configs["live1plus"], EncoderConfig())
+    rows = [{name: column[0] for name, column in encoder(chunk).items()} for chunk in chunks_of(path)]
+    random.Random(3).shuffle(rows)
+    info = StoreInfo(fingerprint="x", vision="x", fps=2.0, num_tokens=10, width=48)
+    store = FrameStore.create(tmp_path / "store", info)
+    with store.writer("clip") as writer:
+        video = _OpenVideo(writer)
+        assert [video.add(row) for row in rows] == [False] * (len(rows) - 1) + [True]
+        writer.commit()
+    frames = np.stack([frame.image for frame in read_frames(path, 2.0, 32)])
+    expected = FrameEncoder(tiny_configs["live1plus"])(frames)
+    torch.testing.assert_close(store.frames("clip"), expected, atol=2e-3, rtol=0)
+
+
+def test_videos_come_from_folders_files_lists_and_dialogues(tmp_path: Path) -> None:
+    for name in ("a.mp4", "deep/b.MKV", "deep/notes.srt"):
+        (tmp_path / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "folder" / name).touch()
+    (tmp_path / "list.txt").write_text("c.mp4\n\n/abs/d.mp4\n")
+    dialogue = Dialogue(
+        dialogue_id="1", task="narration", video_id="e", video="/abs/e.mp4", fps=2.0, frames=(0, 0), conversation=()
+    )
+    (tmp_path / "dialogues.jsonl").write_text(2 * to_line(dialogue))
+    sources = ("folder", "list.txt", "dialogues.jsonl", "f.mp4")
+    settings = StoreConfig(videos=tuple(str(tmp_path / source) for source in sources))
+    assert find_videos(settings, DataConfig()) == {
+        "a": str(tmp_path / "folder/a.mp4"),
+        "b": str(tmp_path / "folder/deep/b.MKV"),
+        "c": str(tmp_path / "c.mp4"),
+        "d": "/abs/d.mp4",
+        "e": "/abs/e.mp4",
+        "f": str(tmp_path / "f.mp4"),
+    }
+
+
+def test_two_videos_of_one_id_are_refused(tmp_path: Path) -> None:
+    settings = StoreConfig(videos=(str(tmp_path / "a" / "x.mp4"), str(tmp_path / "b" / "x.mp4")))
+    with pytest.raises(ConfigError, match=r"two videos have the id 'x': .*a/x\.mp4 and .*b/x\.mp4"):
+        find_videos(settings, DataConfig())
+
+
+def test_no_video_at_all_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"there is no video in .*set store\.videos"):
+        find_videos(StoreConfig(videos=(str(tmp_path),)), DataConfig())
+
+
+def test_a_store_of_another_rate_is_refused_before_anything_is_encoded(settings_of, tmp_path: Path) -> None:
+    write_clip(tmp_path / "videos" / "clip.mp4", frames=8)
+    config = settings_of()
+    model = config.model
+    FrameStore.create(
+        tmp_path / "store", StoreInfo(fingerprint="other", vision=model.vision, fps=4.0, num_tokens=10, width=48)
+    )
+    with pytest.raises(StoreError, match=r"fingerprint other, not siglip/32px/cls\+3x3/\w+; fps 4\.0, not 2\.0"):
+        encode(config)
+
+
+@pytest.mark.slow
+def test_good_videos_are_stored_and_broken_ones_reported(ray_cluster: None, settings_of, tmp_path: Path) -> None:
+    videos = tmp_path / "videos"
+    paths = {name: write_clip(videos / f"{name}.mp4", frames) for name, frames in (("long", 60), ("short", 6))}
+    (videos / "broken.mp4").write_bytes(b"no video")
+    config = settings_of()
+    with pytest.raises(EncodingError, match=r"1 of 3 videos could not be encoded [^\n]*\n  broken: .*not a readable"):
+        encode(config)
+    store = FrameStore.open(tmp_path / "store")
+    assert store.video_ids() == ["long", "short"]
+    encoder = FrameEncoder(config.model)
+    for name, path in paths.items():
+        ticks = list(read_frames(path, 2.0, 32))
+        assert store.source(name) == str(path)
+        assert store.times(name).tolist() == [tick.time for tick in ticks]
+        expected = encoder(np.stack([tick.image for tick in ticks]))
+        torch.testing.assert_close(store.frames(name), expected, atol=2e-3, rtol=0)
+
+
+@pytest.mark.slow
+def test_a_second_run_encodes_only_what_is_new(ray_cluster: None, settings_of, tmp_path: Path) -> None:
+    videos = tmp_path / "videos"
+    write_clip(videos / "first.mp4", frames=8)
+    assert encode(settings_of()).encoded == 1
+    before = (tmp_path / "store" / "videos" / "first.parquet").stat().st_mtime_ns
+    write_clip(videos / "second.mp4", frames=8)
+    summary = encode(settings_of())
+    assert (summary.encoded, summary.present, summary.frames) == (1, 1, 4)
+    assert (tmp_path / "store" / "videos" / "first.parquet").stat().st_mtime_ns == before
+    assert encode(settings_of()).encoded == 0
+
+
+@pytest.mark.slow
+def test_the_same_videos_give_the_same_bytes(ray_cluster: None, settings_of, tmp_path: Path) -> None:
+    for name in "abc":
+        write_clip(tmp_path / "videos" / f"{name}.mp4", frames=30)
+    encode(settings_of(folder=str(tmp_path / "one"), encoders=1))
+    encode(settings_of(folder=str(tmp_path / "two"), encoders=2))
+    one, two = FrameStore.open(tmp_path / "one"), FrameStore.open(tmp_path / "two")
+    for name in "abc":
+        assert torch.equal(one.frames(name), two.frames(name))
+
+
+@pytest.mark.slow
+def test_the_program_says_what_it_did_by_its_exit_code(settings_of, tmp_path: Path) -> None:
+    write_clip(tmp_path / "videos" / "clip.mp4", frames=8)
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(yaml.safe_dump(json.loads(json.dumps(settings_of().sections))))
+    command = [sys.executable, "-m", "jobs.encode_frames", str(settings)]
+    good = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert good.returncode == 0, good.stderr
+    assert "videos=1 already_there=0 failed=0 frames=4" in good.stderr
+    shutil.copy(settings, tmp_path / "videos" / "broken.mp4")
+    bad = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert bad.returncode == 1
+    assert "error: 1 of 2 videos could not be encoded" in bad.stderr
+    assert "Traceback" not in bad.stderr
