@@ -23,6 +23,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
+import redis
 import torch
 
 from actors import checkpoint
@@ -111,7 +112,39 @@ async def bus(connect: Callable[..., Awaitable[Bus]]) -> Bus:
     return await connect()
 
 
+@pytest.fixture
+def lose_replies() -> Callable[[Bus], None]:
+    """`lose_replies(bus)`: the first try of every script reaches Redis, but its reply does not come back."""
+
+    def break_scripts(bus: Bus) -> None:
+        for name, script in bus._scripts.items():
+            tried: set[tuple[object, ...]] = set()
+
+            async def lossy(keys, args, run=script, tried=tried):
+                result = await run(keys=keys, args=args)
+                if (call := (*keys, *args)) not in tried:
+                    tried.add(call)
+                    raise redis.exceptions.TimeoutError("no reply")
+                return result
+
+            bus._scripts[name] = lossy
+
+    return break_scripts
+
+
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
     """Async tests, marked `anyio`, run on asyncio."""
     return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A local Ray of two logical CPUs for all tests that need one; `jobs` in this process use it."""
+    import ray
+
+    from jobs.cluster import connect
+
+    connect(num_cpus=2)
+    yield
+    ray.shutdown()

@@ -14,6 +14,7 @@ from actors.gateway_side import PartitionLog
 from actors.messages import (
     End,
     FramesDecided,
+    FrameSkipped,
     Interrupt,
     Query,
     QueryConsumed,
@@ -108,7 +109,9 @@ async def test_a_repeated_request_is_admitted_once(bus: Bus, connect) -> None:
     assert (meta.admitted, meta.request) == (2, 8)
 
 
-async def test_a_reply_that_is_lost_admits_a_frame_and_sends_a_query_once(bus: Bus, redis_url: str) -> None:
+async def test_a_reply_that_is_lost_admits_a_frame_and_sends_a_query_once(
+    bus: Bus, redis_url: str, lose_replies
+) -> None:
     await bus.open_session("a", "model-a", SETTINGS)
     lose_replies(bus)
     assert [await bus.admit_frame("a", seq / 2, b"jpeg") for seq in range(3)] == [0, 1, 2]
@@ -119,24 +122,7 @@ async def test_a_reply_that_is_lost_admits_a_frame_and_sends_a_query_once(bus: B
         assert await redis.xlen(bus.keys.input(bus.partition("a"), "a")) == 2
 
 
-def lose_replies(bus: Bus) -> None:
-    """From now on the first try of every script reaches Redis, but its reply does not come back."""
-    from redis import exceptions
-
-    for name, script in bus._scripts.items():
-        tried: set[tuple[object, ...]] = set()
-
-        async def lossy(keys, args, run=script, tried=tried):
-            result = await run(keys=keys, args=args)
-            if (call := (*keys, *args)) not in tried:
-                tried.add(call)
-                raise exceptions.TimeoutError("no reply")
-            return result
-
-        bus._scripts[name] = lossy
-
-
-async def test_one_sessions_concurrent_requests_survive_lost_replies(bus: Bus) -> None:
+async def test_one_sessions_concurrent_requests_survive_lost_replies(bus: Bus, lose_replies) -> None:
     await bus.open_session("a", "model-a", SETTINGS)
     lose_replies(bus)
     assert sorted(await asyncio.gather(*(bus.admit_frame("a", 0.0, b"jpeg") for _ in range(8)))) == list(range(8))
@@ -336,8 +322,6 @@ async def test_every_session_key_expires_and_activity_prolongs_it(connect, redis
         await bus.admit_frame("a", 0.0, b"jpeg")
 
     async def publish() -> None:
-        from actors.messages import FrameSkipped
-
         for pending in await bus.read_frames("encoder", 1, 1000):
             await bus.publish(pending, FrameSkipped(seq=pending.frame.seq, time=0.0, reason="test"))
 

@@ -106,9 +106,7 @@ async def test_a_replica_claims_only_sessions_of_its_model(connect, monkeypatch:
     assert len(await bus.claim("replica", "model-b", 0, 9)) == 5
 
 
-async def test_a_lost_reply_to_a_claim_loses_no_session(bus: Bus) -> None:
-    from tests.test_gateway_side import lose_replies
-
+async def test_a_lost_reply_to_a_claim_loses_no_session(bus: Bus, lose_replies) -> None:
     await opened(bus, "a")
     lose_replies(bus)
     assert await claim(bus, "a") == [Lease("a", 1)]
