@@ -1,0 +1,130 @@
+"""What a training step learns does not depend on how the work is cut, and a run can stop anywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from training_data import narrated, untrained_config, write_store
+
+from actors import checkpoint
+from actors.adapter import AdapterConfig
+from actors.config import ConfigError, ModelConfig
+from jobs.dataset import FrameStore, TrainingSet
+from jobs.learner import Learner, TrainingConfig, TrainingError, learning_rate
+
+VIDEOS = ["ab", "abcd", "abcdef", "abcdefghij"]
+ADAPTER = AdapterConfig(rank=4, alpha=8, dropout=0)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory, tiny_configs: dict[str, ModelConfig]) -> FrameStore:
+    return write_store(tmp_path_factory.mktemp("store"), tiny_configs["live1plus"].frames, VIDEOS)
+
+
+@pytest.fixture
+def learner_of(store: FrameStore, tiny_configs: dict[str, ModelConfig]):
+    """A learner at the start of a run with these settings."""
+
+    def make(version: str = "live1plus", **settings: object) -> Learner:
+        config = TrainingConfig.model_validate(
+            {"adapter": ADAPTER, "batch_size": 4, "max_steps": 6, "learning_rate": 1e-2} | settings
+        )
+        loaded = checkpoint.untrained(untrained_config(tiny_configs[version]), adapter=config.adapter)
+        return Learner(loaded.model, TrainingSet([narrated(v) for v in VIDEOS], store, loaded.template), config)
+
+    return make
+
+
+def parameters(learner: Learner) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in learner.parameters.items()}
+
+
+def gradients(learner: Learner) -> dict[str, torch.Tensor]:
+    """Of the first step, as the optimizer would get them."""
+    found: dict[str, torch.Tensor] = {}
+    for name, parameter in learner.parameters.items():
+        parameter.register_post_accumulate_grad_hook(lambda p, name=name: found.update({name: p.grad.clone()}))
+    learner.take_step()
+    return found
+
+
+@pytest.mark.parametrize("forward_size", [1, 2])
+def test_accumulated_parts_have_the_gradients_of_one_large_batch(learner_of, forward_size: int) -> None:
+    whole = gradients(learner_of(forward_size=4))
+    parts = gradients(learner_of(forward_size=forward_size))
+    assert whole.keys() == parts.keys()
+    for name, gradient in whole.items():
+        assert (parts[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+def test_the_loss_is_the_mean_over_all_learned_positions_of_the_batch(learner_of) -> None:
+    learner = learner_of()
+    samples = [learner.data[index] for index in range(len(learner.data))]
+    with torch.no_grad():
+        learner.module.train()
+        sums = [float(learner._loss([sample], 1.0)) for sample in samples]
+    step = learner.take_step()
+    assert step.labels == sum(sample.num_labels for sample in samples)
+    assert len({sample.num_labels for sample in samples}) > 1, "else a mean of means would pass, too"
+    assert step.loss == pytest.approx(sum(sums) / step.labels, rel=1e-5)
+
+
+def test_training_moves_adapter_and_connector_and_nothing_else(learner_of) -> None:
+    learner = learner_of()
+    before = {name: parameter.detach().clone() for name, parameter in learner.model.named_parameters()}
+    losses = [learner.take_step().loss for _ in range(6)]
+    moved = {name for name, p in learner.model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == set(learner.parameters)
+    assert {name.partition(".")[0] for name in moved} == {"llm", "connector"}
+    assert all("lora_" in name or name.startswith("connector.") for name in moved)
+    assert losses[-1] < losses[0]
+
+
+def test_a_run_that_stopped_goes_on_as_if_it_had_not(learner_of, tmp_path: Path) -> None:
+    settings = {"adapter": ADAPTER.model_copy(update={"dropout": 0.3}), "batch_size": 3}
+    straight = learner_of(**settings)
+    steps = [straight.take_step() for _ in range(6)]
+    first = learner_of(**settings)
+    for _ in range(3):
+        first.take_step()
+    first.save(tmp_path / "learner.pt")
+    second = learner_of(**settings)
+    second.restore(tmp_path / "learner.pt")
+    assert [second.take_step() for _ in range(3)] == steps[3:]
+    for name, parameter in parameters(straight).items():
+        assert torch.equal(parameters(second)[name], parameter), name
+
+
+def test_another_models_state_is_refused(learner_of, tmp_path: Path) -> None:
+    learner_of(adapter=ADAPTER.model_copy(update={"rank": 2})).save(tmp_path / "learner.pt")
+    with pytest.raises(TrainingError, match=r"another model: .*lora_A.* is .*2, 64.* there and .*4, 64.* here"):
+        learner_of().restore(tmp_path / "learner.pt")
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_dialogues(learner_of) -> None:
+    learner = learner_of(batch_size=1)
+    with torch.no_grad():
+        learner.model.connector[0].weight[0, 0] = torch.nan
+    before = parameters(learner)
+    with pytest.raises(TrainingError, match=r"step 0: loss nan.*ab\w*-narration-0"):
+        learner.take_step()
+    assert all(torch.equal(p, before[name]) for name, p in parameters(learner).items() if not name.startswith("conn"))
+
+
+def test_the_rate_rises_to_its_peak_and_falls_to_zero() -> None:
+    config = TrainingConfig(learning_rate=2e-4, warmup=0.05)
+    rates = [learning_rate(step, 100, config) for step in range(101)]
+    assert rates[:5] == sorted(rates[:5])
+    assert rates[0] > 0
+    assert max(rates) == rates[5] == 2e-4
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+    assert rates[100] == pytest.approx(0, abs=1e-12)
+
+
+def test_epochs_become_steps_and_uneven_batches_are_refused() -> None:
+    assert TrainingConfig(epochs=2, batch_size=64).num_steps(100) == 4
+    assert TrainingConfig(max_steps=7).num_steps(100) == 7
+    with pytest.raises(ConfigError, match=r"batch_size is 6, expected a multiple of workers x forward_size = 2 x 2"):
+        TrainingConfig(batch_size=6, workers=2, forward_size=2).check()
