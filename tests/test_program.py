@@ -1,0 +1,130 @@
+"""The frame around every job: arguments, help, errors and exit codes."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import ray
+from pydantic import Field
+
+from actors.config import Config, ConfigError, Section
+from jobs.program import root_cause, run
+
+
+class Inner(Section):
+    rank: int = 4
+
+
+class Settings(Section):
+    """Settings of a job that exists only here."""
+
+    rate: float = Field(default=0.5, description="of something")
+    inner: Inner = Inner()
+    folder: str
+
+
+class UserError(ValueError):
+    """A mistake of the user's."""
+
+
+@pytest.fixture
+def run_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Run `job` in an empty folder with settings.yaml and return the exit code."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "settings.yaml").write_text("data: {folder: out}\n")
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def go(job, *arguments: str) -> int:
+        return run(
+            job,
+            module="jobs.nothing",
+            about="Do nothing.",
+            sections={"data": Settings},
+            user_errors=(UserError,),
+            argv=["settings.yaml", *arguments],
+        )
+
+    yield go
+    signal.signal(signal.SIGTERM, handler)
+
+
+def test_a_job_gets_the_settings_with_overrides(run_job) -> None:
+    seen: list[Settings] = []
+    assert run_job(lambda config: seen.append(config.section("data", Settings)), "data.rate=2e-1") == 0
+    assert seen == [Settings(rate=0.2, folder="out")]
+
+
+def test_help_lists_every_setting_with_type_default_and_meaning(run_job, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_job(lambda config: None, "--help")
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    for part in (
+        "Do nothing.",
+        "ray job submit --working-dir . -- python -m jobs.nothing",
+        "data.rate  (float, default 0.5)\n      of something",
+        "data.inner.rank  (int, default 4)",
+        "data.folder  (str, required)",
+    ):
+        assert part in text
+
+
+@pytest.mark.parametrize("error", [ConfigError("bad setting"), UserError("bad data"), FileNotFoundError("no file")])
+def test_a_users_mistake_ends_in_one_line(run_job, capsys: pytest.CaptureFixture[str], error: Exception) -> None:
+    def fail(config: Config) -> None:
+        raise error
+
+    assert run_job(fail) == 1
+    assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(run_job) -> None:
+    def fail(config: Config) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_job(fail)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_job_exits_with_130(run_job, number: signal.Signals) -> None:
+    def wait(config: Config) -> None:
+        os.kill(os.getpid(), number)
+        signal.pause()
+
+    assert run_job(wait) == 130
+
+
+def test_relative_paths_start_at_the_root(run_job, tmp_path: Path) -> None:
+    (tmp_path / "root").mkdir()
+    seen: list[Path] = []
+    assert run_job(lambda config: seen.append(Path.cwd()), "--root", "root") == 0
+    assert seen == [tmp_path / "root"]
+
+
+def test_a_root_that_is_not_there_is_refused(run_job, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_job(lambda config: None, "--root", "gone") == 1
+    assert "--root gone: no such folder" in capsys.readouterr().err
+
+
+def test_rays_copy_of_a_folder_is_no_place_for_results(
+    run_job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "working_dir_files" / "package"
+    copy.mkdir(parents=True)
+    (copy / "settings.yaml").write_text("data: {folder: out}\n")
+    monkeypatch.chdir(copy)
+    assert run_job(lambda config: None) == 1
+    assert "does not outlive it" in capsys.readouterr().err
+    assert run_job(lambda config: None, "--root", str(tmp_path)) == 0
+
+
+def test_the_cause_is_found_in_what_ray_wraps_it_in() -> None:
+    cause = UserError("deep down")
+    task = ray.exceptions.RayTaskError("task", "traceback", cause)
+    assert root_cause(task) is cause
+    assert root_cause(task.as_instanceof_cause()) is cause
+    assert root_cause(cause) is cause
