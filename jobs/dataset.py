@@ -200,7 +200,7 @@ class VideoWriter:
         self.frame_type = pa.binary(2 * self.info.num_tokens * self.info.width)
         fields = [("video_id", pa.string()), ("frame", pa.int32()), ("time", pa.float64()), ("tokens", self.frame_type)]
         schema = pa.schema(fields, metadata={"source": source})
-        self.parquet = pq.ParquetWriter(self.temporary, schema, compression="zstd", use_dictionary=["video_id"])
+        self.parquet = pq.ParquetWriter(self.temporary, schema, compression="lz4", use_dictionary=["video_id"])
         self.waiting_times: list[float] = []
         self.waiting_tokens: list[bytes] = []
         self.frames = 0
