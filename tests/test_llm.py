@@ -255,16 +255,16 @@ def test_a_replica_claims_only_sessions_of_its_own_model(live: Live) -> None:
         async with live.worker() as worker:
             await bus.open_session("other", "another-model", SETTINGS)
             await bus.open_session("mine", live.loaded.fingerprint, SETTINGS)
-            await until(lambda: _held(bus, "mine"))
-            meta = await bus.session_meta("other")
-            assert meta is not None
-            assert not meta.held
-            assert worker.stats()["sessions"] == 1
+            await until(lambda: _claimed(worker))
+            mine, other = await bus.session_meta("mine"), await bus.session_meta("other")
+            assert mine is not None
+            assert mine.held
+            assert other is not None
+            assert not other.held
         await bus.close()
 
-    async def _held(bus: Bus, session_id: str) -> bool:
-        meta = await bus.session_meta(session_id)
-        return meta is not None and meta.held
+    async def _claimed(worker: LLMWorker) -> bool:
+        return worker.stats()["sessions"] == 1
 
     asyncio.run(scenario())
 
