@@ -1,0 +1,133 @@
+"""jobs.build_dialogues over a real Ray: which videos and texts become dialogues, and what is said of the others."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from actors.config import Config, ConfigError
+from actors.video import VideoInfo, read_frames
+from jobs.annotations import AnnotationError, read_annotations
+from jobs.build_dialogues import build, build_video, frames_in
+from jobs.dialogues import DataConfig, frame_at, read_dialogues
+
+# Ray Data warns of its own settings when it copies them.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
+
+MODEL = {"llm": "embedded", "vision": "embedded", "frames": {"resolution_px": 32}}
+
+
+def write_clip(path: Path, seconds: int, rate: int = 5) -> Path:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=rate)
+        stream.width, stream.height = 32, 32
+        for index in range(seconds * rate):
+            pixels = np.full((32, 32, 3), index, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def write_srt(path: Path, *texts: tuple[float, str]) -> Path:
+    """A cue of half a second for every (time below a minute, text)."""
+    cues = [f"{n}\n00:00:{t:06.3f} --> 00:00:{t + 0.5:06.3f}\n{text}\n" for n, (t, text) in enumerate(texts)]
+    path.write_text("\n".join(cues))
+    return path
+
+
+@pytest.fixture
+def videos(tmp_path: Path) -> Path:
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for number in range(4):
+        write_clip(folder / f"clip{number}.mp4", seconds=6)
+        write_srt(folder / f"clip{number}.srt", (0.4, "You start."), (number + 0.5, "You go on."), (5.5, "You stop."))
+    return folder
+
+
+def settings(videos: Path, out: Path, **data: object) -> Config:
+    return Config({"model": MODEL, "annotations": {"paths": [str(videos)]}, "data": {"folder": str(out)} | data})
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_result_is_the_same_however_the_files_are_spread(videos: Path, tmp_path: Path) -> None:
+    build(settings(videos, tmp_path / "one", validation_fraction=0.5))
+    gathered = tmp_path / "gathered"
+    gathered.mkdir()
+    rows = [
+        a.model_dump(exclude={"source"})
+        for file in sorted(videos.glob("*.srt"), reverse=True)
+        for a in read_annotations(file)
+    ]
+    (gathered / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    build(settings(gathered, tmp_path / "two", validation_fraction=0.5))
+    for name in ("train.jsonl", "validation.jsonl"):
+        assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == [
+        "coverage.json",
+        "train.jsonl",
+        "validation.jsonl",
+    ]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_videos_and_texts_that_cannot_be_used_are_reported(videos: Path, tmp_path: Path) -> None:
+    (videos / "clip0.mp4").unlink()
+    (videos / "clip1.mp4").write_bytes(b"no video")
+    write_srt(videos / "clip2.srt", (1, "You start."), (30, "You are late."))
+    write_srt(videos / "clip3.srt", (30, "You are late."))
+    coverage = build(settings(videos, tmp_path / "out", validation_fraction=0))
+    assert coverage.left_out.keys() == {"clip0", "clip1", "clip3"}
+    assert str(videos / "clip0.mp4") in coverage.left_out["clip0"]
+    assert coverage.texts_dropped == {"after the end of the video": 2}
+    assert [d.video_id for d in read_dialogues(tmp_path / "out" / "train.jsonl")] == ["clip2"]
+    written = json.loads((tmp_path / "out" / "coverage.json").read_text())
+    assert written["videos"] == {"annotated": 4, "used": 1, "left_out": coverage.left_out}
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_all_bad_files_are_named_at_once_and_nothing_is_written(videos: Path, tmp_path: Path) -> None:
+    for name in ("clip0.srt", "clip2.srt"):
+        (videos / name).write_text("1\nnow --> later\ntext\n")
+    with pytest.raises(AnnotationError, match=r"(?s)clip0.srt:2: .*clip2.srt:2: "):
+        build(settings(videos, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_video_annotated_twice_is_refused(videos: Path, tmp_path: Path) -> None:
+    shutil.copy(videos / "clip0.srt", videos / "clip0.vtt")
+    (videos / "clip0.vtt").write_text("WEBVTT\n\n00:01.000 --> 00:02.000\nAgain.\n")
+    with pytest.raises(AnnotationError, match=r"'clip0' is annotated twice, in .*clip0.srt and .*clip0.vtt"):
+        build(settings(videos, tmp_path / "out"))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_no_dialogue_at_all_is_an_error_that_says_why(videos: Path, tmp_path: Path) -> None:
+    for video in videos.glob("*.mp4"):
+        video.unlink()
+    with pytest.raises(ConfigError, match=r"no dialogue could be built from 4 annotated videos: .*clip0.mp4"):
+        build(settings(videos, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("fps", [1, 2, 3, 5, 29.97])
+def test_a_text_follows_a_frame_that_the_video_has(videos: Path, fps: float) -> None:
+    (annotation,) = read_annotations(videos / "clip3.srt")
+    (dialogue,) = build_video(annotation, DataConfig(fps=fps), "Be brief.").dialogues
+    frames = [frame.time for frame in read_frames(annotation.video, fps, 32)]
+    assert dialogue.frames[1] <= len(frames)
+    assert frames[dialogue.frames[0]] >= 0.4 - 1e-9
+    assert dialogue.frames[0] == frame_at(0.4, fps)
+
+
+@pytest.mark.parametrize("fps", [1, 2, 3.5, 5, 10, 25, 29.97, 60])
+@pytest.mark.parametrize("rate", [5, 8, 24])
+def test_no_frame_is_promised_that_the_video_has_not(tmp_path: Path, fps: float, rate: int) -> None:
+    path = write_clip(tmp_path / "clip.mp4", seconds=2, rate=rate)
+    there = sum(1 for _ in read_frames(path, fps, 32))
+    assert there - 1 <= frames_in(VideoInfo(2.0, rate, 32, 32, 2 * rate), fps) <= there
