@@ -22,6 +22,7 @@ import tarfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import redis
 import torch
@@ -32,6 +33,8 @@ from actors.config import FrameConfig, ModelConfig
 from actors.redis_server import RedisServer
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("any_machine", deadline=None)  # speed is no fact that a test states
+hypothesis.settings.load_profile("any_machine")
 
 SAMPLES = Path(__file__).parent / "samples"
 GOLDEN = Path(__file__).parent / "golden"
