@@ -72,7 +72,7 @@ def train(config: Config) -> Path:
     run_folder = Path(settings.folder) / settings.name
     template = Template(load_tokenizer(causal_lm_folder(config.model.llm)), config.model.frames)
     data = load_data(config, template)
-    _keep_settings(config, data, run_folder / "settings.json")
+    keep_settings(config, data, run_folder / "settings.json")
     steps = settings.num_steps(len(data))
     logger.info("run=%s dialogues=%d videos=%d steps=%d", run_folder, len(data), len(data.video_ids()), steps)
     connect(dashboard=True)
@@ -180,7 +180,7 @@ def _report(metrics: dict[str, float], learner: Learner, loaded: checkpoint.Load
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
-def _keep_settings(config: Config, data: TrainingSet, file: Path) -> None:
+def keep_settings(config: Config, data: TrainingSet, file: Path) -> None:
     """Note what a run trains, so that nothing else goes on under its name. Raises ConfigError."""
     lines = "".join(to_line(dialogue) for dialogue in data.dialogues)
     now = {
