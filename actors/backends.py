@@ -14,5 +14,6 @@ from actors.reference import ReferenceEngine
 def build_engine(model: VideoLLM, template: Template, config: EngineConfig) -> Engine:
     """The engine for `config.backend`, with its number of threads set for this process."""
     torch.set_num_threads(config.threads)
-    backend = {"batched": BatchedEngine, "reference": ReferenceEngine}[config.backend]
-    return backend(model, template, config)
+    if config.backend == "reference":
+        return ReferenceEngine(model, template, config)
+    return BatchedEngine(model, template, config)

@@ -44,6 +44,10 @@ class BatchedEngine:
         _refuse_sliding_windows(llm.config, self.limits.capacity)
         llm.set_attn_implementation(ATTENTION)
 
+    @property
+    def room(self) -> int:
+        return min(self.config.max_sessions - len(self.sessions), self.memory.fitting(self.limits.capacity))
+
     def open(self, session_id: str, settings: SessionSettings) -> Session:
         if len(self.sessions) >= self.config.max_sessions:
             raise NoCapacity(

@@ -68,6 +68,10 @@ class Engine(Protocol):
     idle: bool
     """Whether the last `step` found nothing to do; it will not, until new input comes."""
 
+    @property
+    def room(self) -> int:
+        """How many more sessions `open` would take."""
+
     def open(self, session_id: str, settings: SessionSettings) -> Session:
         """A new session. Raises NoCapacity when memory is full, SessionError for settings that cannot hold."""
 

@@ -59,6 +59,11 @@ class KVMemory:
     def free_positions(self) -> int:
         return sum(region.length for region in self._free)
 
+    def fitting(self, positions: int) -> int:
+        """How many regions of `positions` could be reserved now."""
+        length = -(-positions // PAGE) * PAGE
+        return sum(region.length // length for region in self._free)
+
     def reserve(self, positions: int) -> Region:
         """A region of at least `positions`, whole pages. Raises NoCapacity when none is left in one piece."""
         length = -(-positions // PAGE) * PAGE

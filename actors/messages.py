@@ -92,7 +92,7 @@ class FrameTokens(Message):
                 f"frame tokens are {name} {list(tokens.shape)}, expected float16 or bfloat16 of two dimensions"
             )
         data = tokens.detach().cpu().contiguous().view(torch.uint16).numpy().tobytes()
-        return cls(seq=seq, time=time, dtype=name, shape=tuple(tokens.shape), data=data)  # type: ignore[arg-type]
+        return cls(seq=seq, time=time, dtype=name, shape=tuple(tokens.shape), data=data)
 
     def tensor(self, shape: tuple[int, int]) -> torch.Tensor:
         """The tokens as a tensor of `shape` (N, D), the one the model expects.

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from actors.dialogue import Template
 from actors.engine import EngineConfig, NoCapacity, StepResult
-from actors.messages import SessionSettings
+from actors.messages import LogEntry, SessionSettings
 from actors.model import VideoLLM
 from actors.sampling import decide, sample
 from actors.session import Decision, Session, Work
@@ -31,6 +31,10 @@ class ReferenceEngine:
         self.sessions: dict[str, Session] = {}
         self.idle = True
         self._caches: dict[str, DynamicCache] = {}
+
+    @property
+    def room(self) -> int:
+        return self.config.max_sessions - len(self.sessions)
 
     def open(self, session_id: str, settings: SessionSettings) -> Session:
         if len(self.sessions) >= self.config.max_sessions:
@@ -62,7 +66,7 @@ class ReferenceEngine:
                 break
         return results
 
-    def _run(self, session: Session, work: Work) -> list:
+    def _run(self, session: Session, work: Work) -> list[LogEntry]:
         logits = self.forward(session, work)
         if work.kind == "prefill":
             session.resolve_prefill(work)

@@ -144,6 +144,7 @@ class Session:
         self._timed: list[Query] = []
         self._cut = False
         self._end: End | None = None
+        self._given_up = ""
         self.recent: deque[str] = deque(maxlen=REMEMBERED_RESPONSES)
         self._check(settings)
 
@@ -173,6 +174,10 @@ class Session:
                 else:
                     self._timed.append(message)
                     self._timed.sort(key=lambda query: query.time or 0.0)
+
+    def give_up(self, reason: str) -> None:
+        """End at once, without the input that is left: nobody listens any more."""
+        self._given_up = reason
 
     @property
     def waiting_frames(self) -> int:
@@ -325,6 +330,9 @@ class Session:
         entries.append(entry)
 
     def _next_without_model(self) -> list[LogEntry] | None:
+        if self._given_up:
+            cut: list[LogEntry] = [self._end_response("interrupted")] if self.response is not None else []
+            return [*cut, SessionEnded(reason=self._given_up)]
         if self.response is not None:
             return [self._end_response("interrupted")] if self._cut else None
         if self._commands and self._commands[0].after_seq < self.next_seq:

@@ -45,10 +45,10 @@ def tokens(seq: int) -> torch.Tensor:
 class Live:
     """A bus, a tiny model and what clients and encoders do, without Serve."""
 
-    def __init__(self, url: str, folder: Path) -> None:
+    def __init__(self, url: str, folder: Path, **settings: object) -> None:
         self.url = url
         self.loaded = LOADED.setdefault(folder, checkpoint.load(folder))
-        self.config = BusConfig(prefix=secrets.token_hex(4) + ":", lease_ms=1000, renew_ms=200, partitions=4)
+        self.config = BusConfig(prefix=secrets.token_hex(4) + ":", lease_ms=1000, renew_ms=200, partitions=4, **settings)
         self.workers: list[asyncio.Task[None]] = []
 
     async def connect(self) -> Bus:
@@ -57,14 +57,13 @@ class Live:
     @asynccontextmanager
     async def worker(self, name: str = "replica", **engine: object) -> AsyncIterator[LLMWorker]:
         bus = await self.connect()
-        settings = EngineConfig(**engine)
+        settings = EngineConfig(**{"kv_memory_gb": 0.05, **engine})
         worker = LLMWorker(
             bus,
             build_engine(self.loaded.model, self.loaded.template, settings),
             name=name,
             tokens_shape=self.loaded.model.frame_shape,
             fingerprint=self.loaded.fingerprint,
-            max_sessions=settings.max_sessions,
         )
         task = asyncio.create_task(worker.run())
         try:
@@ -278,5 +277,27 @@ def test_settings_that_cannot_hold_end_the_session_with_the_reason(live: Live) -
             assert isinstance(log[-1], SessionEnded)
             assert "1000000" in log[-1].reason
         await bus.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_session_whose_client_is_gone_is_ended_and_its_memory_freed(redis_url: str, tiny_checkpoint: Path) -> None:
+    live = Live(redis_url, tiny_checkpoint, resume_s=1)
+
+    async def scenario() -> None:
+        bus = await live.connect()
+        async with live.worker() as worker:
+            await bus.open_session("a", live.loaded.fingerprint, SETTINGS)
+            await live.encode(bus, "a", 2)
+            await until(lambda: _ended(bus, "a"))
+            await until(lambda: _free(worker))
+        await bus.close()
+
+    async def _ended(bus: Bus, session_id: str) -> bool:
+        meta = await bus.session_meta(session_id)
+        return meta is None or meta.state == "ended"
+
+    async def _free(worker: LLMWorker) -> bool:
+        return not worker.held and not worker.engine.sessions
 
     asyncio.run(scenario())

@@ -388,6 +388,17 @@ def test_duplicates_are_marked_only_when_asked_for_and_never_for_answers() -> No
         assert driver.session.suppressed == reasons.count("duplicate")
 
 
+def test_giving_up_ends_a_response_and_the_session_at_once() -> None:
+    driver = Driver(make_session(), speaks=lambda seq: seq == 0)
+    driver.frames(0, 9)
+    driver.step(), driver.step()
+    driver.session.give_up("client_gone")
+    driver.run()
+    assert [entry.reason for entry in driver.of(ResponseEnded)] == ["interrupted"]
+    assert driver.log[-1] == SessionEnded(reason="client_gone")
+    assert driver.session.next_seq == 1
+
+
 def test_nearly_equal_ignores_case_and_punctuation_only() -> None:
     assert nearly_equal("You cut the onion.", "you cut the onion")
     assert not nearly_equal("You cut the onion.", "You wash a bowl.")
