@@ -17,7 +17,8 @@ def connect(num_cpus: int | None = None, dashboard: bool = False) -> None:
     """Join the cluster of `RAY_ADDRESS` (set inside `ray job submit`), else start a local one.
 
     The local one listens on the loopback interface only, has `num_cpus` logical CPUs (default: the
-    machine's) and ends with this process; Ray Train asks its `dashboard` for the state of actors. Does nothing where this process has joined one already.
+    machine's) and ends with this process; Ray Train asks its `dashboard` for the state of actors.
+    Does nothing where this process has joined one already.
     """
     if ray.is_initialized():
         return
