@@ -27,11 +27,13 @@ class EngineConfig(Section):
     `kv_memory_gb` is what the KV memory of all sessions may take (default 1 GB); `kv_memory_share`,
     on CUDA, the share of the memory that is free after loading the model instead. A step appends about
     `token_budget` positions; `speculate` is the most frames of a session that are appended in one step.
+    `untrained` allows a model without a checkpoint, whose words mean nothing, to show that all runs.
     `max_positions` is the longest context (default: the model's limit). `window_trigger` and
     `window_keep` are a session's defaults: rebuild before passing the first, down to the second.
     """
 
     backend: Literal["batched", "reference"] = "batched"
+    untrained: bool = False
     device: str = "cpu"
     threads: int = Field(default=1, ge=1)
     max_sessions: int = Field(default=64, ge=1)

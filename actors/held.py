@@ -140,7 +140,7 @@ def rebuild(
     held = Held(lease, session, meta.position, window.in_id if window else "0-0")
     try:
         if window:
-            session.recent.extend(window.recent)
+            session.recent = tuple(window.recent)
             held.consumed = list(window.consumed)
         for entry_id, message in inputs:
             held.cursor = entry_id

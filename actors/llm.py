@@ -20,7 +20,7 @@ from typing import Literal
 from actors.backends import build_engine
 from actors.bus import Bus, BusError, Lease
 from actors.checkpoint import load_or_untrained
-from actors.config import Config
+from actors.config import Config, ConfigError
 from actors.engine import Engine, EngineConfig, NoCapacity
 from actors.held import Held, LostFrames, read_window, rebuild, stream_order
 from actors.messages import Evicted, LogEntry, MessageError, SessionEnded, encode
@@ -49,6 +49,7 @@ class LLMWorker:
         self.tokens_shape = tokens_shape
         self.fingerprint = fingerprint
         self.held: dict[str, Held] = {}
+        self._taking: dict[str, Lease] = {}
         self.stepper = Stepper(engine, self._hand_over)
         self._claims = self._lost_leases = 0
         self._outbox: asyncio.Queue[Logged | None] = asyncio.Queue()
@@ -109,7 +110,9 @@ class LLMWorker:
             await _wait(self._claim_now, self.bus.config.lease_ms / 2000)
 
     async def _claim(self, partition: int, limit: int) -> None:
-        for lease in await self.bus.claim(self.name, self.fingerprint, partition, limit):
+        claimed = await self.bus.claim(self.name, self.fingerprint, partition, limit)
+        self._taking |= {lease.session_id: lease for lease in claimed}
+        for lease in claimed:
             try:
                 await self._take_over(lease)
             except (SessionError, LostFrames, MessageError) as error:
@@ -117,6 +120,8 @@ class LLMWorker:
             except (NoCapacity, BusError) as error:
                 logger.warning("session=%s not taken over: %s", lease.session_id, error)
                 await self._guarded(self.bus.release(lease))
+            finally:
+                self._taking.pop(lease.session_id, None)
 
     async def _take_over(self, lease: Lease) -> None:
         """Fold the session's log and input into a session of this engine."""
@@ -127,6 +132,9 @@ class LLMWorker:
         log = await self.bus.read_log(lease.session_id)
         inputs = await self.bus.read_all_inputs(lease.session_id, window.in_id if window else "0-0")
         held = await self.stepper.call(partial(rebuild, self.engine, lease, meta, log, inputs, self.tokens_shape))
+        if lease.session_id not in self._taking:
+            await self.stepper.call(partial(self.engine.close, lease.session_id))
+            return
         self.held[lease.session_id] = held
         self._claims += 1
         logger.info("session=%s epoch=%d entries=%d taken over", lease.session_id, lease.epoch, len(log))
@@ -134,11 +142,15 @@ class LLMWorker:
     async def _renew_forever(self) -> None:
         while True:
             await asyncio.sleep(self.bus.config.renew_ms / 1000)
-            if self.held:
+            if self.held or self._taking:
                 await self._guarded(self._renew())
 
     async def _renew(self) -> None:
-        for lease in await self.bus.renew([held.lease for held in self.held.values()]):
+        """Prolong all leases, those of sessions being rebuilt included: that takes as long as it takes."""
+        leases = [*self._taking.values(), *(held.lease for held in self.held.values())]
+        for lease in await self.bus.renew(leases):
+            if self._taking.get(lease.session_id) == lease:
+                del self._taking[lease.session_id]
             held = self.held.get(lease.session_id)
             if held is not None and held.lease == lease:
                 await self._drop(held)
@@ -254,6 +266,11 @@ class LLMWorker:
 def build_llm_worker(config: Config, bus: Bus, name: str) -> LLMWorker:
     """The worker that a settings file describes; loads the checkpoint, which takes a while."""
     settings = config.section("engine", EngineConfig)
+    if config.model.checkpoint is None and not settings.untrained:
+        raise ConfigError(
+            f"{config.source}: model.checkpoint is not set: give a checkpoint folder (jobs.train makes one), "
+            "or set engine.untrained to true to see everything run on a model that talks nonsense"
+        )
     loaded = load_or_untrained(config.model, settings.device)
     engine = build_engine(loaded.model, loaded.template, settings)
     return LLMWorker(bus, engine, name=name, tokens_shape=loaded.model.frame_shape, fingerprint=loaded.fingerprint)

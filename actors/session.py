@@ -145,7 +145,7 @@ class Session:
         self._cut = False
         self._end: End | None = None
         self._given_up = ""
-        self.recent: deque[str] = deque(maxlen=REMEMBERED_RESPONSES)
+        self.recent: tuple[str, ...] = ()
         self._check(settings)
 
     # -- input -------------------------------------------------------------------------------
@@ -303,7 +303,7 @@ class Session:
                 self.context.close_turn(entry.text)
                 self.suppressed += entry.reason == "duplicate"
                 if response.query_id is None:
-                    self.recent.append(entry.text)
+                    self.recent = (*self.recent, entry.text)[-REMEMBERED_RESPONSES:]
                 self.response = None
                 self._cut = False
             case SettingsApplied():
