@@ -23,9 +23,7 @@ from typing import Literal
 import torch
 from pydantic import ValidationError
 from safetensors.torch import save_file
-from transformers import AutoConfig
 
-from actors import efficientnet
 from actors.adapter import AdapterConfig, attach, read_adapter_config
 from actors.cache import whole_folder
 from actors.causal_lm import causal_lm_folder, load_causal_lm, load_tokenizer
@@ -34,7 +32,8 @@ from actors.dialogue import Template
 from actors.model import VideoLLM
 from actors.parts import CheckpointError, Parts, assemble, collect, read_tensors
 from actors.published import CONFIG_FILE, WEIGHTS_FILE, read_published, write_published
-from actors.vision import EMBEDDED, vision_fingerprint
+from actors.runtime import native_dtype
+from actors.vision import vision_fingerprint, vision_width
 from actors.weights import combine, digest, weights_folder
 
 log = logging.getLogger(__name__)
@@ -90,9 +89,9 @@ def load(
     """The checkpoint of a ModelConfig, or the one in a folder of ours (or under a hub name), in eval mode.
 
     `merged` folds the adapter into the language model and freezes all, for serving; otherwise adapter and
-    connector stay trainable, in fp32 whatever the language model's dtype (default: the config's).
-    What a ModelConfig leaves to its defaults is taken from the checkpoint. Raises CheckpointError or
-    WeightsError saying what was found and what is expected.
+    connector stay trainable, in fp32 whatever the language model's dtype. That is the config's by default,
+    or float32 on a CPU that only imitates bfloat16.
+    Raises CheckpointError or WeightsError saying what was found and what is expected.
     """
     folder, given = _asked(source)
     settings = read_settings(folder) if (folder / SETTINGS_FILE).exists() else None
@@ -104,7 +103,7 @@ def load(
             f"{folder} was trained on {settings.model.llm} with digest {settings.llm}, but {config.llm} has "
             f"{llm_digest}: set model.llm to the LLM it was trained on"
         )
-    llm = load_causal_lm(llm_folder, dtype or getattr(torch, config.dtype), device)
+    llm = load_causal_lm(llm_folder, dtype or native_dtype(getattr(torch, config.dtype), device), device)
     parts = read_published(folder, llm) if settings is None else _read_parts(folder, settings)
     model = assemble(llm, config, parts, trainable=not merged)
     if merged:
@@ -134,10 +133,10 @@ def untrained(
     it says about a video is nonsense, which is why `load` never falls back to it.
     """
     llm_folder = causal_lm_folder(config.llm)
-    llm = load_causal_lm(llm_folder, dtype or getattr(torch, config.dtype), device)
+    llm = load_causal_lm(llm_folder, dtype or native_dtype(getattr(torch, config.dtype), device), device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = VideoLLM(llm, config, _vision_width(config))
+        model = VideoLLM(llm, config, vision_width(config.vision))
         if adapter is None:
             model.requires_grad_(False)
         else:
@@ -281,14 +280,6 @@ def _read_parts(folder: Path, settings: Settings) -> Parts:
             "files were lost, changed or mixed after it was saved; copy it again"
         )
     return parts
-
-
-def _vision_width(config: ModelConfig) -> int:
-    """D of the encoder's frame tokens, without loading it."""
-    if config.vision == EMBEDDED:
-        return efficientnet.WIDTH
-    vision = AutoConfig.from_pretrained(weights_folder(config.vision))
-    return int(getattr(vision, "vision_config", vision).hidden_size)
 
 
 def _loaded(

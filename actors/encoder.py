@@ -27,7 +27,7 @@ from actors.bus import Bus, BusError, PendingFrame
 from actors.config import Config, ModelConfig, Section
 from actors.image import MAX_PIXELS, decode_image
 from actors.messages import FrameSkipped, FrameTokens
-from actors.runtime import limit_threads
+from actors.runtime import limit_threads, native_dtype
 from actors.video import fit_square
 from actors.vision import VisionError, load_tower, vision_fingerprint
 
@@ -63,7 +63,7 @@ class FrameEncoder:
         self.frames = config.frames
         self.fingerprint = vision_fingerprint(config)
         self.device = torch.device(device)
-        self.dtype = _compute_dtype(config.dtype, self.device)
+        self.dtype = native_dtype(getattr(torch, config.dtype), self.device)
         tower = load_tower(config.vision)
         side = tower.grid_side(self.frames.resolution_px)
         if self.frames.pooled and max(self.frames.pooled) > side:
@@ -110,12 +110,6 @@ class FrameEncoder:
         if pixels.shape[-1] != side:
             pixels = F.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True)
         return ((pixels / 255 - self.mean) / self.std).to(self.dtype)
-
-
-def _compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """bf16 only where it is faster: elsewhere a CPU emulates it at half the speed of fp32."""
-    native = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if wanted == "bfloat16" and native else torch.float32
 
 
 class EncoderError(RuntimeError):
