@@ -4,8 +4,9 @@ Tick i is i / fps seconds after the video's first frame, and shows the first fra
 not before the tick. Both are compared as integers in the stream's time base, so that neither 29.97
 frames a second nor a film of three hours drifts. One frame is held at a time.
 
-decord decodes where it is installed; PyAV decodes elsewhere, and takes over where decord fails (AV1,
-rotated, truncated or damaged files). Both yield the same pixels. Clients and `encode_frames` read here.
+decord decodes short clips where it is installed; PyAV decodes everything else and takes over where
+decord fails. Both yield the same pixels, which decord 0.6 does only in some formats, and it decodes
+far ahead of a slow reader, so that it is kept to what fits in memory. Clients and `encode_frames` read here.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain, dropwhile
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -36,6 +38,13 @@ FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,ogg,asf,rm,mxf,nut,ivf,gif,"
     "h264,hevc,m4v,obu,jpeg_pipe,png_pipe,webp_pipe,bmp_pipe"
 )
+
+# Containers with an index of key frames; seeking in others can land in the middle of one.
+INDEXED_FORMATS = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi"}
+# decord finds frames exactly only where these two hold, and may hold all of them at once.
+DECORD_FORMATS = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
+DECORD_CODECS = {"h264", "hevc", "vp8", "vp9"}
+DECORD_MAX_BYTES = 512 << 20
 
 Backend = Literal["decord", "pyav"]
 
@@ -88,12 +97,14 @@ def read_frames(
         raise ValueError(f"fps is {fps} and resolution_px {resolution_px}, expected both above 0")
     video = _inspect(Path(path))
     clock = _Clock(video, fps)
-    first = max(0, math.ceil(Fraction(start) * clock.fps))
+    first = max(0, math.floor(Fraction(start) * clock.fps))
+    while clock.time(first) < start:
+        first += 1
     for tick, image in _read(video, clock, first, backend):
-        time = tick / clock.fps
+        time = clock.time(tick)
         if stop is not None and time >= stop:
             return
-        yield VideoFrame(tick, float(time), fit_square(image, resolution_px))
+        yield VideoFrame(tick, time, fit_square(image, resolution_px))
 
 
 def fit_square(image: np.ndarray, resolution_px: int) -> np.ndarray:
@@ -123,6 +134,8 @@ class _Video:
     """
 
     path: Path
+    format: str
+    codec: str
     time_base: Fraction
     origin: int
     length: int
@@ -132,6 +145,16 @@ class _Video:
     height: int
     quarter_turns: int
 
+    def why_not_decord(self) -> str | None:
+        """What keeps decord from this file, if anything does."""
+        if self.format not in DECORD_FORMATS or self.codec not in DECORD_CODECS:
+            return f"{self.codec} in {self.format} is not exact with it"
+        if self.timeline is None or self.quarter_turns:
+            return "it needs timestamps and upright frames"
+        if self.frames * self.width * self.height * 3 > DECORD_MAX_BYTES:
+            return f"it may keep all {self.frames} frames of {self.width}x{self.height} in memory"
+        return None
+
 
 class _Clock:
     """The tick grid, in the stream's own time base."""
@@ -140,6 +163,10 @@ class _Clock:
         self.fps = Fraction(fps).limit_denominator(10_000)
         self.origin = video.origin
         self.units = 1 / (self.fps * video.time_base)
+
+    def time(self, tick: int) -> float:
+        """Seconds, the nearest to the exact fraction."""
+        return float(tick / self.fps)
 
     def due(self, tick: int) -> int:
         """The smallest timestamp that is not before tick `tick`."""
@@ -202,6 +229,8 @@ def _inspect(path: Path) -> _Video:
     turned = frame.rotation % 180 != 0
     return _Video(
         path=path,
+        format=container.format.name,
+        codec=stream.codec_context.name,
         time_base=time_base,
         origin=origin,
         length=length,
@@ -232,8 +261,8 @@ def _read_decord(video: _Video, clock: _Clock, tick: int) -> Iterator[tuple[int,
     import decord
     from decord._ffi.base import DECORDLimitReachedError
 
-    if video.timeline is None or video.quarter_turns:
-        raise _DecordStopped("it needs timestamps and upright frames")
+    if (obstacle := video.why_not_decord()) or video.timeline is None:
+        raise _DecordStopped(obstacle or "no timestamps")
     try:
         reader = decord.VideoReader(str(video.path), num_threads=1)
         if len(reader) != video.frames:
@@ -249,8 +278,8 @@ def _read_decord(video: _Video, clock: _Clock, tick: int) -> Iterator[tuple[int,
 
 
 def _read_pyav(video: _Video, clock: _Clock, tick: int) -> Iterator[tuple[int, np.ndarray]]:
-    seek = clock.due(tick) if tick and video.timeline is not None else None
-    for frame, stamp in _decode(video.path, seek):
+    seekable = tick > 0 and video.timeline is not None and video.format in INDEXED_FORMATS
+    for frame, stamp in _decode_from(video.path, clock.due(tick)) if seekable else _decode(video.path):
         if stamp < clock.due(tick):
             continue
         image = np.rot90(frame.to_ndarray(format="rgb24"), video.quarter_turns)
@@ -259,8 +288,17 @@ def _read_pyav(video: _Video, clock: _Clock, tick: int) -> Iterator[tuple[int, n
             tick += 1
 
 
+def _decode_from(path: Path, stamp: int) -> Iterator[tuple[av.VideoFrame, int]]:
+    """From a key frame that is not after `stamp`; from the beginning where seeking does not find one."""
+    frames = dropwhile(lambda decoded: not decoded[0].key_frame, _decode(path, stamp))
+    first = next(frames, None)
+    if first is None or first[1] > stamp:
+        return _decode(path)
+    return chain([first], frames)
+
+
 def _decode(path: Path, seek: int | None = None) -> Iterator[tuple[av.VideoFrame, int]]:
-    """Frames with their timestamps, from the key frame before `seek` on; damaged packets are left out."""
+    """Frames with their timestamps, from about `seek` on; damaged packets are left out."""
     with _open(path) as container:
         stream, time_base = _video_stream(path, container)
         if seek is not None:

@@ -136,6 +136,52 @@ def test_pyav_goes_on_where_decord_stops(sample_video: Path, monkeypatch: pytest
         list(read_frames(sample_video, 2, 32, backend="decord"))
 
 
+def write_moving(path: Path, codec: str) -> Path:
+    """Sixty frames of a moving bar, with key frames 12 apart."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25, options={"g": "12", "bf": "2"})
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        for number in range(60):
+            picture = np.zeros((64, 64, 3), np.uint8)
+            picture[:, number : number + 4] = 255
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(None))
+    return path
+
+
+@needs_decord
+@pytest.mark.parametrize(("name", "codec"), [("a.mpg", "mpeg2video"), ("a.avi", "mpeg4"), ("a.ts", "libx264")])
+def test_decord_is_kept_from_formats_in_which_it_is_not_exact(tmp_path: Path, name: str, codec: str) -> None:
+    path = write_moving(tmp_path / name, codec)
+    with pytest.raises(VideoError, match="is not exact with it"):
+        next(read_frames(path, 5, 64, backend="decord"))
+    bars = [int(np.argmax(frame.image[32, :, 0] > 128)) for frame in read_frames(path, 5, 64)]
+    assert bars == list(range(0, 60, 5))
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"), [("a.mpg", "mpeg2video"), ("a.avi", "mpeg4"), ("a.ts", "libx264"), ("a.mkv", "libx264")]
+)
+def test_any_start_shows_the_frames_of_the_whole(tmp_path: Path, name: str, codec: str) -> None:
+    path = write_moving(tmp_path / name, codec)
+    whole = list(read_frames(path, 25, 32, backend="pyav"))
+    assert len(whole) == 60
+    for start in range(1, 60, 7):
+        part = list(read_frames(path, 25, 32, start=start / 25, backend="pyav"))
+        assert [frame.tick for frame in part] == list(range(start, 60))
+        assert all(np.array_equal(frame.image, whole[frame.tick].image) for frame in part)
+
+
+@needs_decord
+def test_decord_is_kept_from_videos_that_do_not_fit_in_memory(
+    sample_video: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(video, "DECORD_MAX_BYTES", 1 << 20)
+    with pytest.raises(VideoError, match="may keep all 1323 frames of 480x270 in memory"):
+        next(read_frames(sample_video, 2, 32, backend="decord"))
+    assert next(read_frames(sample_video, 2, 32)).tick == 0
+
+
 def test_a_video_that_starts_late_starts_at_tick_zero(tmp_path: Path) -> None:
     path = write_video(tmp_path / "late.mkv", [5000 + 100 * k for k in range(20)], Fraction(1, 1000))
     assert levels(path, 10) == list(range(20))
