@@ -25,9 +25,10 @@ from actors.bus import BusError
 from actors.config import Config, ConfigError, load_config
 from actors.redis_server import RedisServerError
 from actors.video import VideoError, VideoInfo, encode_jpeg, probe, read_frames
-from serve.app import REPOSITORY, StartError, raise_on_sigterm, running
+from serve.app import REPOSITORY, StartError, running
 from serve.client_events import pack_binary
 from serve.server_events import ErrorEvent, FrameDecided, ItemAdded, SessionEnded, TextDone, parse_event
+from serve.signals import Stopped, interruptible
 from serve.timeline import draw
 
 INSTRUCTION = "Please narrate the video in real time."
@@ -191,7 +192,7 @@ def run(options: argparse.Namespace) -> None:
         if config.model.checkpoint is None:
             screen.line("no trained checkpoint is set (model.checkpoint): what the assistant says is nonsense")
         screen.line(f"playing {plan.path.name}, {plan.seconds:.0f} of {info.duration:.0f} s at {plan.fps:g} FPS")
-        ended, stats = asyncio.run(play(url, plan, screen))
+        ended, stats = asyncio.run(interruptible(play(url, plan, screen)))
     for line in report(ended, stats):
         screen.line(line)
     if options.timeline:
@@ -231,12 +232,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    raise_on_sigterm()
     try:
         run(options)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.status
     except (ConfigError, VideoError, StartError, DemoError, BusError, RedisServerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

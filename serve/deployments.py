@@ -3,6 +3,9 @@
 Encoder and LLM run their loops as tasks beside Serve's own calls; Serve asks `check_health` now and
 then, and a replica whose loop has died answers with the loop's error and is replaced. Replicas get
 `__del__` within `graceful_shutdown_timeout_s`: that is where loops are asked to stop.
+
+Model code is imported by the replicas that run it: it takes seconds of CPU time, which the gateway
+and the program that starts everything would spend for nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from typing import Protocol
+from typing import Protocol, cast
 
 from fastapi import FastAPI
 from ray import serve
@@ -18,8 +21,6 @@ from ray.serve.handle import DeploymentHandle
 
 from actors.bus import Bus, BusConfig
 from actors.config import Config
-from actors.encoder import EncoderWorker, build_encoder_worker
-from actors.llm import LLMWorker, build_llm_worker
 from actors.redis_server import RedisServer
 from serve.api import API_KEY_VARIABLE, build_api
 from serve.gateway import Gateway, ServeConfig
@@ -27,6 +28,7 @@ from serve.gateway import Gateway, ServeConfig
 log = logging.getLogger(__name__)
 
 RedisAddress = str | DeploymentHandle
+Step = tuple[str, str, int, int, float, float]  # kind, session, first and last frame, start and end in Unix time
 
 
 class Worker(Protocol):
@@ -72,8 +74,10 @@ class EncoderReplica(WorkerReplica):
     """Frames to frame tokens, batched across sessions."""
 
     async def __init__(self, config: Config, redis: RedisAddress) -> None:  # type: ignore[misc]  # Serve awaits it
+        from actors.encoder import build_encoder_worker
+
         bus = await connect(config, redis)
-        worker: EncoderWorker = await asyncio.to_thread(build_encoder_worker, config, bus, replica_name())
+        worker = await asyncio.to_thread(build_encoder_worker, config, bus, replica_name())
         self.start(worker, bus)
 
 
@@ -81,10 +85,16 @@ class LLMReplica(WorkerReplica):
     """Sessions held by lease: decisions and responses."""
 
     async def __init__(self, config: Config, redis: RedisAddress) -> None:  # type: ignore[misc]  # Serve awaits it
+        from actors.llm import build_llm_worker
+
         bus = await connect(config, redis)
-        worker: LLMWorker = await asyncio.to_thread(build_llm_worker, config, bus, replica_name())
+        worker = await asyncio.to_thread(build_llm_worker, config, bus, replica_name())
         self.fingerprint_value = worker.fingerprint
         self.start(worker, bus)
+
+    async def stats(self) -> dict[str, object]:
+        told = await super().stats()
+        return {**told, "frames_per_s": decision_rate(cast("list[Step]", told["timeline"]))}
 
     async def fingerprint(self) -> str:
         """What sessions must be opened for so that this model takes them."""
@@ -130,6 +140,13 @@ class RedisReplica:
     def __del__(self) -> None:
         if hasattr(self, "_server"):
             self._server.stop()
+
+
+def decision_rate(timeline: list[Step]) -> float | None:
+    """Frames per second of the newest steps that decided frames; None when there was none."""
+    steps = [step for step in timeline if step[0] == "decide"]
+    busy_s = sum(end - start for *_, start, end in steps)
+    return sum(last - first + 1 for _, _, first, last, _, _ in steps) / busy_s if busy_s else None
 
 
 async def connect(config: Config, redis: RedisAddress) -> Bus:
