@@ -11,46 +11,30 @@ far ahead of a slow reader, so that it is kept to what fits in memory. Clients a
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import io
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from fractions import Fraction
-from itertools import chain, dropwhile
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import av
 import numpy as np
-from av.container import InputContainer
-from av.error import FFmpegError
-from av.stream import Disposition
-from av.video.stream import VideoStream
 from PIL import Image
+
+from actors.video_file import FORMATS, VideoError, VideoFile, decode, decode_from, inspect
+
+__all__ = ["FORMATS", "VideoError", "VideoFrame", "VideoInfo", "encode_jpeg", "fit_square", "probe", "read_frames"]
 
 log = logging.getLogger(__name__)
 
-# Self-contained files only: a playlist would make FFmpeg open whatever a stranger's upload names.
-FORMATS = (
-    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,ogg,asf,rm,mxf,nut,ivf,gif,"
-    "h264,hevc,m4v,obu,jpeg_pipe,png_pipe,webp_pipe,bmp_pipe"
-)
-
-# Containers with an index of key frames; seeking in others can land in the middle of one.
-INDEXED_FORMATS = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi"}
 # decord finds frames exactly only where these two hold, and may hold all of them at once.
 DECORD_FORMATS = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
 DECORD_CODECS = {"h264", "hevc", "vp8", "vp9"}
 DECORD_MAX_BYTES = 512 << 20
 
 Backend = Literal["decord", "pyav"]
-
-
-class VideoError(ValueError):
-    """A file that yields no frames; the message says what was found and what was expected."""
 
 
 class VideoInfo(NamedTuple):
@@ -73,7 +57,7 @@ class VideoFrame(NamedTuple):
 
 def probe(path: str | Path) -> VideoInfo:
     """Size, rate and length of a video, from its packets and its first frame. Raises VideoError."""
-    video = _inspect(Path(path))
+    video = inspect(Path(path))
     duration = float(video.length * video.time_base)
     fps = video.frames / duration if duration > 0 else 0.0
     return VideoInfo(duration, fps, video.width, video.height, video.frames)
@@ -95,7 +79,7 @@ def read_frames(
     """
     if not (math.isfinite(fps) and fps > 0 and resolution_px > 0):
         raise ValueError(f"fps is {fps} and resolution_px {resolution_px}, expected both above 0")
-    video = _inspect(Path(path))
+    video = inspect(Path(path))
     clock = _Clock(video, fps)
     first = max(0, math.floor(Fraction(start) * clock.fps))
     while clock.time(first) < start:
@@ -125,41 +109,10 @@ def encode_jpeg(image: np.ndarray, quality: int = 90) -> bytes:
     return buffer.getvalue()
 
 
-@dataclass(frozen=True)
-class _Video:
-    """A file whose first frame could be decoded.
-
-    `timeline` holds the timestamps of all frames in display order, None where packets carry none;
-    `origin` is that of the first decoded frame. They and `length` are in units of `time_base` seconds.
-    """
-
-    path: Path
-    format: str
-    codec: str
-    time_base: Fraction
-    origin: int
-    length: int
-    frames: int
-    timeline: np.ndarray | None
-    width: int
-    height: int
-    quarter_turns: int
-
-    def why_not_decord(self) -> str | None:
-        """What keeps decord from this file, if anything does."""
-        if self.format not in DECORD_FORMATS or self.codec not in DECORD_CODECS:
-            return f"{self.codec} in {self.format} is not exact with it"
-        if self.timeline is None or self.quarter_turns:
-            return "it needs timestamps and upright frames"
-        if self.frames * self.width * self.height * 3 > DECORD_MAX_BYTES:
-            return f"it may keep all {self.frames} frames of {self.width}x{self.height} in memory"
-        return None
-
-
 class _Clock:
     """The tick grid, in the stream's own time base."""
 
-    def __init__(self, video: _Video, fps: float) -> None:
+    def __init__(self, video: VideoFile, fps: float) -> None:
         self.fps = Fraction(fps).limit_denominator(10_000)
         self.origin = video.origin
         self.units = 1 / (self.fps * video.time_base)
@@ -177,72 +130,7 @@ class _DecordStopped(Exception):
     """decord cannot open this file, or cannot go on."""
 
 
-def _open(path: Path) -> InputContainer:
-    if not path.exists():
-        raise VideoError(f"{path}: no such file")
-    if not path.is_file():
-        raise VideoError(f"{path}: not a file, expected one video file")
-    if path.stat().st_size == 0:
-        raise VideoError(f"{path}: empty (0 bytes), expected a video file")
-    try:
-        return av.open(f"file:{path}", options={"format_whitelist": FORMATS}, metadata_errors="ignore")
-    except (FFmpegError, OSError) as error:
-        raise VideoError(
-            f"{path}: not a readable video ({error.strerror}), expected a complete MP4, Matroska, WebM or AVI file"
-        ) from None
-
-
-def _video_stream(path: Path, container: InputContainer) -> tuple[VideoStream, Fraction]:
-    """The stream and its time base, in seconds."""
-    stream = container.streams.best("video")
-    if not isinstance(stream, VideoStream) or stream.disposition & Disposition.attached_pic:
-        found = ", ".join(sorted({other.type for other in container.streams})) or "nothing"
-        raise VideoError(f"{path}: holds no video stream (found: {found})")
-    if stream.time_base is None:
-        raise VideoError(f"{path}: its video stream has no time base, expected timed frames")
-    stream.thread_count = 1  # readers share a machine: each keeps to one core
-    return stream, stream.time_base
-
-
-def _inspect(path: Path) -> _Video:
-    """Read all packets without decoding them, and the first frame."""
-    with _open(path) as container:
-        stream, time_base = _video_stream(path, container)
-        declared = float((stream.duration or 0) * time_base)
-        stamps: list[int] = []
-        frames = end = 0
-        with contextlib.suppress(FFmpegError):  # what comes before the damage still counts
-            for packet in container.demux(stream):
-                if packet.size and not packet.is_discard:
-                    frames += 1
-                    if packet.pts is not None:
-                        stamps.append(packet.pts)
-                        end = max(end, packet.pts + (packet.duration or 0))
-    frame, origin = next(_decode(path), (None, 0))
-    if frame is None:
-        raise VideoError(f"{path}: none of its {frames} video packets can be decoded")
-    length = max(0, end - origin)
-    if declared - length * time_base > 1:
-        log.warning(
-            "video=%s truncated frames=%d duration=%.1f declared=%.1f", path, frames, length * time_base, declared
-        )
-    turned = frame.rotation % 180 != 0
-    return _Video(
-        path=path,
-        format=container.format.name,
-        codec=stream.codec_context.name,
-        time_base=time_base,
-        origin=origin,
-        length=length,
-        frames=frames,
-        timeline=np.sort(np.asarray(stamps, np.int64)) if len(stamps) == frames else None,
-        width=frame.height if turned else frame.width,
-        height=frame.width if turned else frame.height,
-        quarter_turns=round(frame.rotation / 90),
-    )
-
-
-def _read(video: _Video, clock: _Clock, tick: int, backend: Backend | None) -> Iterator[tuple[int, np.ndarray]]:
+def _read(video: VideoFile, clock: _Clock, tick: int, backend: Backend | None) -> Iterator[tuple[int, np.ndarray]]:
     """(tick, image (H, W, 3)) from tick `tick` on: from decord as far as it gets, then from PyAV."""
     if backend == "decord" or (backend is None and importlib.util.find_spec("decord") is not None):
         try:
@@ -257,11 +145,22 @@ def _read(video: _Video, clock: _Clock, tick: int, backend: Backend | None) -> I
     yield from _read_pyav(video, clock, tick)
 
 
-def _read_decord(video: _Video, clock: _Clock, tick: int) -> Iterator[tuple[int, np.ndarray]]:
+def _why_not_decord(video: VideoFile) -> str | None:
+    """What keeps decord from this file, if anything does."""
+    if video.format not in DECORD_FORMATS or video.codec not in DECORD_CODECS:
+        return f"{video.codec} in {video.format} is not exact with it"
+    if video.timeline is None or video.quarter_turns:
+        return "it needs timestamps and upright frames"
+    if video.frames * video.width * video.height * 3 > DECORD_MAX_BYTES:
+        return f"it may keep all {video.frames} frames of {video.width}x{video.height} in memory"
+    return None
+
+
+def _read_decord(video: VideoFile, clock: _Clock, tick: int) -> Iterator[tuple[int, np.ndarray]]:
     import decord
     from decord._ffi.base import DECORDLimitReachedError
 
-    if (obstacle := video.why_not_decord()) or video.timeline is None:
+    if (obstacle := _why_not_decord(video)) or video.timeline is None:
         raise _DecordStopped(obstacle or "no timestamps")
     try:
         reader = decord.VideoReader(str(video.path), num_threads=1)
@@ -277,48 +176,12 @@ def _read_decord(video: _Video, clock: _Clock, tick: int) -> Iterator[tuple[int,
         raise _DecordStopped(str(error).strip().splitlines()[-1]) from None
 
 
-def _read_pyav(video: _Video, clock: _Clock, tick: int) -> Iterator[tuple[int, np.ndarray]]:
-    seekable = tick > 0 and video.timeline is not None and video.format in INDEXED_FORMATS
-    for frame, stamp in _decode_from(video.path, clock.due(tick)) if seekable else _decode(video.path):
+def _read_pyav(video: VideoFile, clock: _Clock, tick: int) -> Iterator[tuple[int, np.ndarray]]:
+    seeks = tick > 0 and video.seekable
+    for frame, stamp in decode_from(video.path, clock.due(tick)) if seeks else decode(video.path):
         if stamp < clock.due(tick):
             continue
         image = np.rot90(frame.to_ndarray(format="rgb24"), video.quarter_turns)
         while stamp >= clock.due(tick):
             yield tick, image
             tick += 1
-
-
-def _decode_from(path: Path, stamp: int) -> Iterator[tuple[av.VideoFrame, int]]:
-    """From a key frame that is not after `stamp`; from the beginning where seeking does not find one."""
-    frames = dropwhile(lambda decoded: not decoded[0].key_frame, _decode(path, stamp))
-    first = next(frames, None)
-    if first is None or first[1] > stamp:
-        return _decode(path)
-    return chain([first], frames)
-
-
-def _decode(path: Path, seek: int | None = None) -> Iterator[tuple[av.VideoFrame, int]]:
-    """Frames with their timestamps, from about `seek` on; damaged packets are left out."""
-    with _open(path) as container:
-        stream, time_base = _video_stream(path, container)
-        if seek is not None:
-            with contextlib.suppress(FFmpegError):  # no index to seek in: read from the beginning
-                container.seek(seek, stream=stream)
-        step = round(1 / ((stream.guessed_rate or 25) * time_base))
-        packets = container.demux(stream)
-        frames, damaged, stamp = 0, 0, -step
-        while True:
-            try:
-                packet = next(packets, None)
-                if packet is None:
-                    break
-                decoded = packet.decode()
-            except FFmpegError:
-                damaged += 1
-                continue
-            for frame in decoded:
-                stamp = frame.pts if frame.pts is not None else stamp + step
-                frames += 1
-                yield frame, stamp
-        if damaged:
-            log.warning("video=%s damaged_packets=%d frames_read=%d", path, damaged, frames)

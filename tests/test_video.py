@@ -307,7 +307,7 @@ def test_a_truncated_video_yields_what_it_has(
     path = tmp_path / "truncated.mp4"
     path.write_bytes(data[: len(data) * 6 // 10])
     whole = list(read_frames(sample_video, 2, 32))
-    with caplog.at_level(logging.WARNING, logger=video.__name__):
+    with caplog.at_level(logging.WARNING, logger="actors"):
         part = list(read_frames(path, 2, 32))
     assert 20 < len(part) < len(whole)
     assert all(np.array_equal(a.image, b.image) for a, b in zip(part[:-2], whole, strict=False))
@@ -316,7 +316,7 @@ def test_a_truncated_video_yields_what_it_has(
 
 def test_damage_in_the_middle_leaves_the_rest(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = damage(write_video(tmp_path / "damaged.mkv", list(range(40)), Fraction(1, 10), gop=1), slice(16, 24))
-    with caplog.at_level(logging.WARNING, logger=video.__name__):
+    with caplog.at_level(logging.WARNING, logger="actors"):
         shown = levels(path, 10, backend="pyav")
     assert shown[:16] == list(range(16))
     assert shown[16:24] == [24] * 8
