@@ -14,6 +14,7 @@ from torch import Tensor
 from actors.dialogue import Template
 from actors.engine import EngineConfig, NoCapacity, StepResult
 from actors.kv import ATTENTION, KVMemory, Ragged, Region, Span
+from actors.lean import LeanDecoder
 from actors.messages import LogEntry, SessionSettings
 from actors.model import VideoLLM
 from actors.sampling import decide, sample
@@ -43,6 +44,7 @@ class BatchedEngine:
         self._no_mask = torch.empty(1, 1, 1, 1, device=model.device)
         _refuse_sliding_windows(llm.config, self.limits.capacity)
         llm.set_attn_implementation(ATTENTION)
+        self._lean = LeanDecoder.of(llm)
 
     @property
     def room(self) -> int:
@@ -95,16 +97,24 @@ class BatchedEngine:
         embeddings = self.model.embed(
             torch.tensor([ids], device=device), torch.stack(frames).to(device) if frames else None
         )
-        hidden = self.model.base_llm.get_decoder()(
-            inputs_embeds=embeddings,
-            position_ids=torch.cat(positions).unsqueeze(0).to(device),
+        ragged = Ragged.of(self.memory, spans, self._groups)
+        marks = torch.tensor(wanted, device=device, dtype=torch.long)
+        hidden = self._decode(embeddings[0], torch.cat(positions).to(device), ragged, marks)
+        return self.model.base_llm.get_output_embeddings()(hidden)
+
+    def _decode(self, embeddings: Tensor, positions: Tensor, ragged: Ragged, marks: Tensor) -> Tensor:
+        """Embeddings (T, H) at `positions` (T,) to the last hidden states (R, H) at `marks` (R,)."""
+        if self._lean is not None:
+            return self._lean(embeddings, positions, ragged, marks)
+        output = self.model.base_llm.get_decoder()(
+            inputs_embeds=embeddings.unsqueeze(0),
+            position_ids=positions.unsqueeze(0),
             attention_mask=self._no_mask,
             use_cache=False,
-            ragged=Ragged.of(self.memory, spans, self._groups),
-        ).last_hidden_state[0]
-        return self.model.base_llm.get_output_embeddings()(
-            hidden[torch.tensor(wanted, device=device, dtype=torch.long)]
+            ragged=ragged,
         )
+        states: Tensor = output.last_hidden_state[0]
+        return states[marks]
 
     def _resolve(self, plan: list[tuple[Session, Work]], logits: Tensor) -> list[tuple[Session, list[LogEntry]]]:
         """Decisions and tokens, each from its rows of `logits`."""

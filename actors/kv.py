@@ -117,17 +117,30 @@ class Ragged:
     @classmethod
     def of(cls, memory: KVMemory, spans: list[Span], groups: int) -> Ragged:
         """`groups` is query heads per KV head. Masks are made once for all layers."""
-        device = memory.keys[0].device
+        device, dtype = memory.keys[0].device, memory.keys[0].dtype
         slots = torch.cat([torch.arange(s.start + s.past, s.start + s.past + s.length) for s in spans])
         ragged = cls(memory, spans, slots.to(device))
-        if device.type == "cuda" and varlen_attn is not None and memory.keys[0].dtype != torch.float32:
+        if device.type == "cuda" and varlen_attn is not None and dtype != torch.float32:
             ragged.paged = _page_table(memory, spans)
-        else:
-            for index, span in enumerate(spans):
-                if span.length > 1:
-                    visible = torch.ones(span.length, span.past + span.length, dtype=torch.bool, device=device)
-                    ragged.masks[index] = visible.tril(span.past).repeat(groups, 1)
+            return ragged
+        for index, span in enumerate(spans):
+            if span.length > 1:
+                # Added to scores: SDPA would turn a boolean mask into this one again in every layer.
+                hidden = torch.full((span.length, span.past + span.length), -torch.inf, dtype=dtype, device=device)
+                ragged.masks[index] = hidden.triu(span.past + 1).repeat(groups, 1)
         return ragged
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """Attention of new positions over each session's region: query (T, heads, width) -> the same shape.
+
+        Stores keys and values (T, kv heads, width) first.
+        """
+        keys, values = self.memory.keys[layer], self.memory.values[layer]
+        keys.index_copy_(0, self.slots, key.to(keys.dtype))
+        values.index_copy_(0, self.slots, value.to(values.dtype))
+        if self.paged is not None:
+            return _paged_attention(query, keys, values, self.paged, scaling)
+        return _sdpa_by_session(query, keys, values, self, scaling)
 
 
 def ragged_attention(
@@ -141,30 +154,24 @@ def ragged_attention(
     ragged: Ragged | None = None,
     **options: object,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of new positions over each session's region: query (1, heads, T, width) -> (1, T, heads, width).
+    """`Ragged.attend` as Hugging Face modules call it: query (1, heads, T, width) -> (1, T, heads, width).
 
-    Stores keys and values (1, kv heads, T, width) first. Without `ragged` it is plain SDPA, so that one set
-    of weights serves both backends.
+    Without `ragged` it is plain SDPA, so that one set of weights serves both backends.
     """
     if ragged is None:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **options)
-    layer = module.layer_idx
-    keys, values = ragged.memory.keys[layer], ragged.memory.values[layer]
-    keys.index_copy_(0, ragged.slots, key[0].transpose(0, 1).to(keys.dtype))
-    values.index_copy_(0, ragged.slots, value[0].transpose(0, 1).to(values.dtype))
-    if ragged.paged is not None:
-        return _paged_attention(query, keys, values, ragged.paged, scaling), None
-    return _sdpa_by_session(query, keys, values, ragged, scaling), None
+    rows, new_keys, new_values = (states[0].transpose(0, 1) for states in (query, key, value))
+    return ragged.attend(module.layer_idx, rows, new_keys, new_values, scaling).unsqueeze(0), None
 
 
 def _sdpa_by_session(query: Tensor, keys: Tensor, values: Tensor, ragged: Ragged, scaling: float) -> Tensor:
     """SDPA per session; the query heads of one KV head are laid side by side as more rows."""
     kv_heads, width = keys.shape[1:]
     groups = query.shape[1] // kv_heads
-    output = query.new_empty(1, query.shape[2], query.shape[1], width)
+    output = query.new_empty(query.shape)
     for index, span in enumerate(ragged.spans):
         stop = span.start + span.past + span.length
-        rows = query[0, :, span.first : span.last].reshape(1, kv_heads, groups * span.length, width)
+        rows = query[span.first : span.last].transpose(0, 1).reshape(1, kv_heads, groups * span.length, width)
         attended = F.scaled_dot_product_attention(
             rows,
             keys[span.start : stop].transpose(0, 1).unsqueeze(0),
@@ -172,7 +179,7 @@ def _sdpa_by_session(query: Tensor, keys: Tensor, values: Tensor, ragged: Ragged
             attn_mask=ragged.masks.get(index),
             scale=scaling,
         )
-        output[0, span.first : span.last] = attended.view(-1, span.length, width).transpose(0, 1)
+        output[span.first : span.last] = attended.view(-1, span.length, width).transpose(0, 1)
     return output
 
 
@@ -193,8 +200,8 @@ def _paged_attention(
 ) -> Tensor:
     ends, used, table, longest_query, longest = paged
     pages = (-1, PAGE, *keys.shape[1:])
-    output = varlen_attn(
-        query[0].transpose(0, 1).contiguous(),
+    attended: Tensor = varlen_attn(
+        query.contiguous(),
         keys.view(pages),
         values.view(pages),
         ends,
@@ -207,7 +214,7 @@ def _paged_attention(
         seqused_k=used,
         block_table=table,
     )
-    return output.unsqueeze(0)
+    return attended
 
 
 AttentionInterface.register(ATTENTION, ragged_attention)
