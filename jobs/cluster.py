@@ -13,21 +13,25 @@ from actors.runtime import local_ray_environment
 logger = logging.getLogger(__name__)
 
 
-def connect(num_cpus: int | None = None, dashboard: bool = False) -> None:
+def connect(num_cpus: int | None = None) -> None:
     """Join the cluster of `RAY_ADDRESS` (set inside `ray job submit`), else start a local one.
 
     The local one listens on the loopback interface only, has `num_cpus` logical CPUs (default: the
-    machine's) and ends with this process; Ray Train asks its `dashboard` for the state of actors.
-    Does nothing where this process has joined one already.
+    machine's) and ends with this process. Does nothing where this process has joined one already.
     """
     if ray.is_initialized():
         return
-    if "RAY_ADDRESS" in os.environ:
+    if not is_local():
         ray.init()
         return
     local_ray_environment()
     # Ray took this one from the environment when it was imported, before we could set it.
     ray_constants.ENABLE_RAY_CLUSTER = os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "1"
     # "local" never joins a cluster that another program left running on this machine.
-    ray.init(address="local", num_cpus=num_cpus, include_dashboard=dashboard)
+    ray.init(address="local", num_cpus=num_cpus, include_dashboard=False)
     logger.info("ray=local cpus=%s", ray.cluster_resources().get("CPU"))
+
+
+def is_local() -> bool:
+    """Whether `connect` starts a cluster of this program's own."""
+    return "RAY_ADDRESS" not in os.environ

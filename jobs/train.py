@@ -17,6 +17,7 @@ import copy
 import hashlib
 import json
 import logging
+import os
 import shutil
 import sys
 import tempfile
@@ -25,6 +26,12 @@ from pathlib import Path
 import ray.train
 import ray.train.torch
 import torch
+from ray.actor import ActorHandle
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2.api.callback import RayTrainCallback
+from ray.train.v2.api.config import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from actors import checkpoint
 from actors.cache import CacheError, whole_folder
@@ -37,7 +44,7 @@ from actors.runtime import limit_threads, native_dtype
 from actors.turns import DialogueError
 from actors.vision import vision_fingerprint
 from actors.weights import WeightsError
-from jobs.cluster import connect
+from jobs.cluster import connect, is_local
 from jobs.dataset import DatasetError, FrameStore, StoreError, TrainingSet
 from jobs.dialogues import DataConfig, DialogueFileError, read_dialogues, to_line
 from jobs.encode_frames import StoreConfig
@@ -75,7 +82,7 @@ def train(config: Config) -> Path:
     keep_settings(config, data, run_folder / "settings.json")
     steps = settings.num_steps(len(data))
     logger.info("run=%s dialogues=%d videos=%d steps=%d", run_folder, len(data), len(data.video_ids()), steps)
-    connect(dashboard=True)
+    connect()
     result = _trainer(config, settings, run_folder).fit()
     if result.checkpoint is None:
         raise TrainingError(f"the run in {run_folder} ended without a checkpoint: look at its metrics.jsonl")
@@ -111,19 +118,36 @@ def load_data(config: Config, template: Template) -> TrainingSet:
     return TrainingSet(dialogues, store, template)
 
 
-def _trainer(config: Config, settings: TrainingConfig, run_folder: Path) -> ray.train.torch.TorchTrainer:
+class _Trainer(TorchTrainer):
+    """Ray's trainer, with Ctrl-C as everywhere and, on a cluster of our own, without an actor that is no use there."""
+
+    def _register_sigint_handler(self, controller: ActorHandle[TrainController]) -> None:
+        """Ray's would swallow the KeyboardInterrupt and exit with 0."""
+
+    def _create_default_callbacks(self) -> list[RayTrainCallback]:
+        """The cleaner tidies up after a program that died, where the cluster goes on without it.
+
+        It needs Ray's dashboard, and complains every second where it finds none, or several clusters.
+        """
+        callbacks = super()._create_default_callbacks()
+        return [c for c in callbacks if not (is_local() and isinstance(c, PlacementGroupCleanerCallback))]
+
+
+def _trainer(config: Config, settings: TrainingConfig, run_folder: Path) -> _Trainer:
+    if is_local():
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away
     resources = {"CPU": settings.cpus_per_worker} | ({"GPU": 1} if settings.gpu else {})
-    return ray.train.torch.TorchTrainer(
+    return _Trainer(
         _work,
         train_loop_config={"sections": config.sections, "source": config.source},
-        scaling_config=ray.train.ScalingConfig(
+        scaling_config=ScalingConfig(
             num_workers=settings.workers, use_gpu=settings.gpu, resources_per_worker=resources
         ),
-        run_config=ray.train.RunConfig(
+        run_config=RunConfig(
             name="steps",
             storage_path=str(run_folder),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=settings.keep_checkpoints),
-            failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=settings.keep_checkpoints),
+            failure_config=FailureConfig(max_failures=settings.max_failures),
         ),
     )
 

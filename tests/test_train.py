@@ -73,9 +73,21 @@ def template_of(config: Config) -> Template:
     return Template(load_tokenizer(Path(config.model.llm)), config.model.frames)
 
 
-def parts_of(folder: Path) -> str:
-    """A digest of every trained value."""
-    return checkpoint.read_settings(folder).parts
+def learner_of(config: Config) -> Learner:
+    """The same training in this process, without Ray."""
+    settings = config.section("training", TrainingConfig)
+    loaded = checkpoint.untrained(config.model, settings.seed, adapter=settings.adapter)
+    return Learner(loaded.model, load_data(config, loaded.template), settings)
+
+
+def check_undisturbed(config: Config, folder: Path) -> None:
+    """The checkpoint holds, to the last bit, what a run learns that nothing stopped."""
+    learner = learner_of(config)
+    while learner.step < learner.num_steps:
+        learner.take_step()
+    trained = checkpoint.load(folder, merged=False).model
+    for name, parameter in learner.parameters.items():
+        assert torch.equal(trained.get_parameter(name), parameter), name
 
 
 def wait_for_steps(log: Path, steps: int, deadline_s: float = 120) -> None:
@@ -123,9 +135,7 @@ def test_two_workers_learn_what_one_process_learns(prepared, tmp_path: Path) -> 
     config = prepared(workers=2)
     folder = train(config)
 
-    settings = config.section("training", TrainingConfig)
-    alone = checkpoint.untrained(config.model, settings.seed, adapter=settings.adapter)
-    learner = Learner(alone.model, load_data(config, alone.template), settings)
+    learner = learner_of(config)
     steps = [learner.take_step() for _ in range(8)]
 
     records = read_log(tmp_path / "runs" / "test" / "metrics.jsonl")
@@ -140,7 +150,7 @@ def test_two_workers_learn_what_one_process_learns(prepared, tmp_path: Path) -> 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_killed_worker_is_replaced_and_the_result_is_the_same(prepared, tmp_path: Path) -> None:
-    straight = train(prepared(name="straight", max_steps=60))
+    config = prepared(name="killed", max_steps=60)
     log = tmp_path / "runs" / "killed" / "metrics.jsonl"
 
     def kill() -> None:
@@ -150,31 +160,31 @@ def test_a_killed_worker_is_replaced_and_the_result_is_the_same(prepared, tmp_pa
 
     killer = threading.Thread(target=kill)
     killer.start()
-    killed = train(prepared(name="killed", max_steps=60))
+    folder = train(config)
     killer.join()
     assert [record["step"] for record in read_log(log)] == list(range(60))
-    assert parts_of(killed) == parts_of(straight)
+    check_undisturbed(config, folder)
 
 
 @pytest.mark.slow
 def test_an_interrupted_run_exits_with_130_and_goes_on_with_the_same_command(prepared, tmp_path: Path) -> None:
-    def run(name: str, interrupt_after: int | None = None) -> int:
-        file = tmp_path / f"{name}.yaml"
-        file.write_text(yaml.safe_dump(prepared(name=name, max_steps=60).sections))
-        command = [sys.executable, "-m", "jobs.train", str(file)]
-        with subprocess.Popen(command, start_new_session=True) as process:
-            if interrupt_after is not None:
-                wait_for_steps(tmp_path / "runs" / name / "metrics.jsonl", interrupt_after)
-                process.send_signal(signal.SIGINT)
-            return process.wait(timeout=200)
+    config = prepared(name="stopped", max_steps=60)
+    file = tmp_path / "settings.yaml"
+    file.write_text(yaml.safe_dump(config.sections))
+    run = tmp_path / "runs" / "stopped"
 
-    assert run("straight") == 0
-    assert run("stopped", interrupt_after=10) == 130
-    assert len(read_log(tmp_path / "runs" / "stopped" / "metrics.jsonl")) < 60
-    assert run("stopped") == 0
-    assert parts_of(tmp_path / "runs" / "stopped" / "checkpoint") == parts_of(
-        tmp_path / "runs" / "straight" / "checkpoint"
-    )
+    def start() -> subprocess.Popen:
+        return subprocess.Popen([sys.executable, "-m", "jobs.train", str(file)], start_new_session=True)
+
+    with start() as process:
+        wait_for_steps(run / "metrics.jsonl", 10)
+        process.send_signal(signal.SIGINT)
+    assert process.returncode == 130
+    assert len(read_log(run / "metrics.jsonl")) < 60
+    with start() as process:
+        pass
+    assert process.returncode == 0
+    check_undisturbed(config, run / "checkpoint")
 
 
 def test_a_run_of_other_settings_under_the_same_name_is_refused(prepared) -> None:
