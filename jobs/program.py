@@ -19,6 +19,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 import ray.exceptions
 from pydantic_core import PydanticUndefined
@@ -44,7 +45,7 @@ def run(
     `about` is the module's docstring. `user_errors` (and ConfigError, missing files) end in their
     message alone, wherever in the cluster they were raised.
     """
-    arguments = parser(module, about, sections).parse_args(argv)
+    arguments = parser(module, about, sections).parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
     # A stopped `ray job` gets SIGTERM: end as with Ctrl-C, so that Ray's processes end too.
     signal.signal(signal.SIGTERM, _interrupt)
@@ -71,7 +72,7 @@ def parser(module: str, about: str | None, sections: Sections) -> argparse.Argum
         f"python -m {module} configs/embedded.yaml {_an_override(sections)}",
         f'ray job submit --working-dir . -- python -m {module} configs/embedded.yaml --root "$PWD"',
     ]
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"python -m {module}",
         description=about,
         epilog="\n".join(["examples:", *(f"  {line}" for line in examples), "", *describe(sections)]),
@@ -86,6 +87,14 @@ def parser(module: str, about: str | None, sections: Sections) -> argparse.Argum
         "needed with `ray job submit --working-dir`, whose copy of the folder does not outlive the job",
     )
     return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """Ends with 1 where argparse would with 2, as for any other mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(1, f"error: {message}\n")
 
 
 def describe(sections: Sections) -> list[str]:

@@ -105,6 +105,20 @@ def test_relative_paths_start_at_the_root(run_job, tmp_path: Path) -> None:
     assert seen == [tmp_path / "root"]
 
 
+def test_overrides_may_stand_before_and_after_options(run_job) -> None:
+    seen: list[Settings] = []
+    arguments = ("data.rate=1", "--root", ".", "data.inner.rank=2")
+    assert run_job(lambda config: seen.append(config.section("data", Settings)), *arguments) == 0
+    assert seen == [Settings(rate=1, inner=Inner(rank=2), folder="out")]
+
+
+def test_an_unknown_option_ends_with_1(run_job, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_job(lambda config: None, "--fast")
+    assert ended.value.code == 1
+    assert "unrecognized arguments: --fast" in capsys.readouterr().err
+
+
 def test_a_root_that_is_not_there_is_refused(run_job, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_job(lambda config: None, "--root", "gone") == 1
     assert "--root gone: no such folder" in capsys.readouterr().err
