@@ -97,7 +97,9 @@ class Config:
             raise ConfigError(f"{source}: unknown section {unknown[0]!r}; known sections are {', '.join(SECTIONS)}")
         for name, body in sections.items():
             if not isinstance(body, dict):
-                raise ConfigError(f"{source}: section {name!r} is {type(body).__name__}, expected a mapping of settings")
+                raise ConfigError(
+                    f"{source}: section {name!r} is {type(body).__name__}, expected a mapping of settings"
+                )
         self.sections = sections
         self.source = source
 

@@ -48,7 +48,9 @@ class Live:
     def __init__(self, url: str, folder: Path, **settings: object) -> None:
         self.url = url
         self.loaded = LOADED.setdefault(folder, checkpoint.load(folder))
-        self.config = BusConfig(prefix=secrets.token_hex(4) + ":", lease_ms=1000, renew_ms=200, partitions=4, **settings)
+        self.config = BusConfig(
+            prefix=secrets.token_hex(4) + ":", lease_ms=1000, renew_ms=200, partitions=4, **settings
+        )
         self.workers: list[asyncio.Task[None]] = []
 
     async def connect(self) -> Bus:
