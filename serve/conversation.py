@@ -147,8 +147,8 @@ class Conversation:
 
     async def open(self) -> None:
         """Create the session's log. Settings given before are those it starts with."""
+        self.opened = True  # before the answer: a client that leaves meanwhile must not leave a session behind
         await self._bus.open_session(self.id, self._fingerprint, self.settings)
-        self.opened = True
 
     async def update(self, patch: SessionPatch) -> bool:
         """Change settings; those of the gateway at once, those of the model once the next frame is decided.

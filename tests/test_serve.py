@@ -32,6 +32,7 @@ from serve.server_events import (
     SessionCreated,
     SessionEnded,
     TextDone,
+    parse_event,
 )
 
 START_S = 150
@@ -217,15 +218,27 @@ def test_a_client_that_goes_away_leaves_nothing_running(server: Server) -> None:
         client.frame(0)
         session_id = client.until(SessionCreated).session.id
         client.until(FrameDecided)
+    assert asyncio.run(state_when_over(server, session_id)) == "ended"
 
-    async def state() -> str:
-        bus = await Bus.connect(server.bus, server.redis_url)
-        try:
-            async with asyncio.timeout(30):
-                while (meta := await bus.session_meta(session_id)) and meta.state != "ended":
-                    await asyncio.sleep(0.05)
-            return meta.state if meta else "gone"
-        finally:
-            await bus.close()
 
-    assert asyncio.run(state()) == "ended"
+def test_who_hangs_up_on_a_posted_video_ends_its_session(server: Server, sample_video: Path) -> None:
+    with httpx.stream(
+        "POST", f"{server.url}/v1/videos", files={"video": sample_video.read_bytes()}, timeout=60
+    ) as answer:
+        lines = (line for line in answer.iter_lines() if line.startswith("data: "))
+        created = parse_event(next(lines).removeprefix("data: "))
+        assert isinstance(created, SessionCreated)
+        next(lines)
+    assert asyncio.run(state_when_over(server, created.session.id)) == "ended"
+
+
+async def state_when_over(server: Server, session_id: str) -> str:
+    """The state of a session once it is no longer open. Fails after half a minute."""
+    bus = await Bus.connect(server.bus, server.redis_url)
+    try:
+        async with asyncio.timeout(30):
+            while (meta := await bus.session_meta(session_id)) and meta.state != "ended":
+                await asyncio.sleep(0.05)
+        return meta.state if meta else "gone"
+    finally:
+        await bus.close()
