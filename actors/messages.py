@@ -105,7 +105,8 @@ class FrameTokens(Message):
             )
         if len(self.data) != 2 * shape[0] * shape[1]:
             raise MessageError(
-                f"frame {self.seq} carries {len(self.data)} bytes, {list(shape)} in {self.dtype} needs {2 * shape[0] * shape[1]}"
+                f"frame {self.seq} carries {len(self.data)} bytes, "
+                f"{list(shape)} in {self.dtype} needs {2 * shape[0] * shape[1]}"
             )
         words = torch.from_numpy(np.frombuffer(self.data, np.uint16).copy())
         tokens = words.view(getattr(torch, self.dtype)).view(shape)
