@@ -23,7 +23,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -41,11 +41,15 @@ class AnnotationError(ValueError):
 
 
 class Moment(Section):
-    """A text that belongs to a time of a video, in seconds; a segment has a `stop`, too."""
+    """A text that belongs to a time of a video, in seconds; a segment has a `stop`, too.
+
+    In a chat, `role` says whose words it is.
+    """
 
     time: float = Field(ge=0, allow_inf_nan=False)
     text: str
     stop: float | None = Field(default=None, allow_inf_nan=False)
+    role: Literal["user", "assistant"] = "assistant"
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
@@ -58,7 +62,9 @@ class VideoAnnotation(Section):
     """The common row: one video, its moments in order of time, the tasks it shows.
 
     `video` is a path; `duration` (seconds) stays unknown unless the format tells it; `source` is the
-    file that was read.
+    file that was read. A public dataset may give one video several rows, told apart by `part`, may be
+    about a `span` of the video (seconds), and may say which `split` the video belongs to. `kind` says
+    what dialogues a row becomes (see jobs/tasks.py), `dataset` what the settings call the dataset.
     """
 
     video_id: str = Field(min_length=1)
@@ -67,6 +73,11 @@ class VideoAnnotation(Section):
     moments: tuple[Moment, ...]
     tasks: tuple[str, ...] = ()
     source: str
+    kind: str = "narration"
+    part: str = ""
+    span: tuple[float, float] | None = None
+    split: Literal["train", "validation"] | None = None
+    dataset: str = ""
 
 
 class AnnotationsConfig(Section):

@@ -16,12 +16,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import random
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from typing import Literal, Self
 
@@ -30,8 +28,15 @@ from pydantic import Field, ValidationError, model_validator
 from actors.config import DEFAULT_SYSTEM_PROMPT, Section
 from actors.turns import Assistant, Stream, System, Turn, User
 from jobs.annotations import VideoAnnotation
+from jobs.clock import frame_at
 
 SPLITS = ("train", "validation")
+
+# What the published checkpoints were asked; Ego4D's narrations speak of "C", the camera wearer.
+EGO4D_INSTRUCTION = (
+    "Please concisely narrate the video in real time. Use the tag 'C' to denote the camera wearer, and other "
+    "letter tags, such as 'X', to denote other individuals in the scene."
+)
 
 
 class DialogueFileError(ValueError):
@@ -64,11 +69,21 @@ class DataConfig(Section):
         le=1,
         description="share of the videos kept out of training, chosen by a hash of the video id",
     )
-    seed: int = Field(default=0, description="of the draw of instructions")
+    seed: int = Field(default=0, description="of all draws: instructions, waiting frames, mistakes")
+    mistakes: float = Field(
+        default=0,
+        ge=0,
+        le=1,
+        description="share of training dialogues with a reply that is late, missing or wrong, to learn to go on after it",
+    )
 
 
 class Dialogue(Section):
-    """A conversation over the frames [first, last + 1) of one video, on the grid of `fps`."""
+    """A conversation over the frames [first, last + 1) of one video, on the grid of `fps`.
+
+    `labels` are what an answer is graded against, for tasks that have such names. A dialogue without
+    frames names no video file.
+    """
 
     dialogue_id: str = Field(min_length=1)
     task: str
@@ -77,6 +92,7 @@ class Dialogue(Section):
     fps: float = Field(gt=0)
     frames: tuple[int, int]
     conversation: tuple[Turn, ...]
+    labels: tuple[str, ...] = ()
 
     @property
     def num_frames(self) -> int:
@@ -99,16 +115,6 @@ class Narration:
     dropped: Counter[str] = field(default_factory=Counter)
 
 
-def exact(number: float) -> Fraction:
-    """The decimal a float was written as: 0.1 is one tenth, not the binary float next to it."""
-    return Fraction(str(number))
-
-
-def frame_at(time: float, fps: float) -> int:
-    """The first frame at or after `time` seconds."""
-    return math.ceil(exact(time) * exact(fps))
-
-
 def split_of(video_id: str, validation_fraction: float) -> str:
     """`validation` for about that share of all videos: the same at any time, on any machine."""
     digest = hashlib.sha256(video_id.encode()).digest()
@@ -126,7 +132,8 @@ def narrate(
 
     A dialogue starts at the frame of its first text, where the user asks, and ends with its last. Of
     two texts at one frame the later is said; a text the same as the one before is said once; a text
-    between the last frame and the end of the video is said at the last frame.
+    between the last frame and the end of the video is said at the last frame. Of Ego4D's narrations,
+    whose times are coarse, the first that reaches the last frame is said there, however late it is.
     """
     narration = Narration()
     said = _said(annotation, num_frames, duration, config.fps, narration.dropped)
@@ -135,12 +142,13 @@ def narrate(
         narration.dropped["beyond max_frames"] += sum(map(len, pieces[1:]))
         pieces = pieces[:1]
     for number, piece in enumerate(pieces):
-        dialogue_id = f"{annotation.video_id}-narration-{number}"
-        instruction = random.Random(f"{config.seed} {dialogue_id}").choice(config.instructions)
+        dialogue_id = "-".join(filter(None, [annotation.video_id, annotation.kind, annotation.part, str(number)]))
+        choices = (EGO4D_INSTRUCTION,) if annotation.kind == "ego4d_narration" else config.instructions
+        instruction = random.Random(f"{config.seed} {dialogue_id}").choice(choices)
         narration.dialogues.append(
             Dialogue(
                 dialogue_id=dialogue_id,
-                task="narration",
+                task=annotation.kind,
                 video_id=annotation.video_id,
                 video=annotation.video,
                 fps=config.fps,
@@ -180,14 +188,17 @@ def _said(
 ) -> dict[int, str]:
     """What is said after which frame, in order."""
     said: dict[int, str] = {}
+    last, coarse = num_frames - 1, annotation.kind != "narration"
     for moment in annotation.moments:
         text = " ".join(moment.text.split())
         if not text:
             dropped["no text"] += 1
-        elif moment.time > duration:
+        elif coarse and last in said:
+            dropped["after another at the last frame"] += 1
+        elif moment.time > duration and not coarse:
             dropped["after the end of the video"] += 1
         else:
-            frame = min(frame_at(moment.time, fps), num_frames - 1)
+            frame = min(frame_at(moment.time, fps), last)
             if said and next(reversed(said.values())) == text:
                 dropped["same text as before"] += 1
                 continue

@@ -62,6 +62,21 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def datasets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Invented annotations and features in the layout of COIN and Ego4D, which golden samples were built from."""
+    folder = tmp_path_factory.mktemp("datasets")
+    with tarfile.open(GOLDEN / "data" / "datasets.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder / "datasets"
+
+
+@pytest.fixture(scope="session")
+def ego4d(datasets: Path) -> Path:
+    """The annotations of the invented Ego4D."""
+    return datasets / "ego4d" / "v2" / "annotations"
+
+
+@pytest.fixture(scope="session")
 def tiny_configs(tiny_models: Path) -> dict[str, ModelConfig]:
     """Settings of the tiny models `live1` and `live1plus`, with the reference's adapter as checkpoint."""
     frames = {

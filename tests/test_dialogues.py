@@ -9,13 +9,12 @@ from pydantic import ValidationError
 
 from actors.dialogue import Assistant, Stream, System, User
 from jobs.annotations import Moment, VideoAnnotation
+from jobs.clock import exact, frame_at
 from jobs.dialogues import (
     DataConfig,
     Dialogue,
     DialogueFileError,
     Narration,
-    exact,
-    frame_at,
     narrate,
     read_dialogues,
     split_of,
