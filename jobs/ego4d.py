@@ -40,7 +40,7 @@ class _Narration(Entry):
 
 
 class _Video(Entry):
-    narrations: list[_Narration] = []
+    narrations: tuple[_Narration, ...] = ()
 
 
 class _Narrations(Entry):
@@ -54,9 +54,9 @@ class _Used(Entry):
 class _Benchmark(Entry):
     """One of a benchmark's files; which key holds its list depends on the benchmark."""
 
-    videos: list[_Used] = []
-    clips: list[_Used] = []
-    annotations: list[_Used] = []
+    videos: tuple[_Used, ...] = ()
+    clips: tuple[_Used, ...] = ()
+    annotations: tuple[_Used, ...] = ()
 
 
 def clean(text: str) -> str:

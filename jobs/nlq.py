@@ -42,7 +42,7 @@ class _Query(Entry):
 
 
 class _Annotation(Entry):
-    language_queries: list[_Query] = []
+    language_queries: tuple[_Query, ...] = ()
 
 
 class _Clip(Entry):

@@ -1,0 +1,83 @@
+"""Ego4D-GoalStep: the steps of an activity, as requests to a language model to write a chat about it.
+
+A request tells the steps with their times and leaves blanks: the user asks at drawn times, and the
+assistant answers each question and speaks up where steps start and end. What comes back is read by
+jobs/livechat.py. VideoLLM-online, section 3.3 and figure 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from jobs.clock import Extent
+from jobs.dataset_files import EGO4D, Entry, read_json
+
+FILES = ("goalstep_train.json", "goalstep_val.json")
+BLANK = "..."
+PROMPT = (
+    "A very intelligent multimodal assistant helps the user to do the following activities:\n\n{steps}\n\n"
+    "Now, please complete the conversation between user and assistant. Note that the assistant will actively "
+    "provides clear, concise, real-time language assistance. The assistant does not know the absolute time. "
+    "Sometimes the user may ask irrelevant questions, the assistant is very helpful and will also answer that."
+)
+
+
+class _Step(Entry):
+    start_time: float
+    end_time: float
+    step_description: str
+    segments: tuple[_Step, ...] = ()
+
+
+class _Video(Entry):
+    video_uid: str
+    segments: tuple[_Step, ...]
+
+
+class _File(Entry):
+    videos: tuple[_Video, ...]
+
+
+@dataclass(frozen=True)
+class Activity:
+    """Steps of a video as a prompt, and the times (seconds) at which the assistant has something to say."""
+
+    video_id: str
+    prompt: str
+    times: tuple[float, ...]
+
+    def request(self, questions: Sequence[str], places: Sequence[float]) -> str:
+        """The prompt with blanks to fill: question n stands at the n-th of `places` (0 to 1 of the activity), sorted.
+
+        Nothing is said before the first question.
+        """
+        first, last = self.times[0], self.times[-1]
+        asked = [
+            (first + place * (last - first), question)
+            for place, question in zip(sorted(places), questions, strict=True)
+        ]
+        lines = [(time, f"{time:.1f}s User: {question}\n{time:.1f}s Assistant: {BLANK}") for time, question in asked]
+        lines += [(time, f"{time:.1f}s Assistant: {BLANK}") for time in self.times if time >= asked[0][0]]
+        return "\n".join([self.prompt, "", *(line for _, line in sorted(lines, key=lambda line: line[0]))])
+
+
+def read_activities(folder: Path, videos: Mapping[str, Extent]) -> Iterator[Activity]:
+    """The activities of those videos that are there; steps that have steps of their own are activities, too."""
+    for name in FILES:
+        for video in read_json(folder / name, TypeAdapter(_File), EGO4D).videos:
+            if extent := videos.get(video.video_uid):
+                yield from _activities(video.video_uid, video.segments, extent)
+
+
+def _activities(video_id: str, steps: Sequence[_Step], video: Extent) -> Iterator[Activity]:
+    if not steps:
+        return
+    told = "\n".join(f"{s.start_time:.2f}s-{s.end_time:.2f}s: {s.step_description.strip()}" for s in steps)
+    frames = {video.at(time) for step in steps for time in (step.start_time, step.end_time)}
+    yield Activity(video_id, PROMPT.format(steps=told), tuple(frame / video.fps for frame in sorted(frames)))
+    for step in steps:
+        yield from _activities(video_id, step.segments, video)
