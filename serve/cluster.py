@@ -17,10 +17,16 @@ OBJECT_STORE_BYTES = 128 << 20  # nothing large passes through Ray: frames and t
 
 def start(num_cpus: int, log_to_driver: bool) -> None:
     """Join the cluster of RAY_ADDRESS, else start one on this machine's loopback that ends with this program."""
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(log_to_driver=log_to_driver, logging_level=logging.WARNING)
-        end_at_once_on_signal()
-        return
+    try:
+        if "RAY_ADDRESS" in os.environ:
+            ray.init(log_to_driver=log_to_driver, logging_level=logging.WARNING)
+        else:
+            _start_local(num_cpus, log_to_driver)
+    finally:
+        end_at_once_on_signal()  # Ray's native code has set handlers of its own
+
+
+def _start_local(num_cpus: int, log_to_driver: bool) -> None:
     local_ray_environment()
     # Ray took this one from the environment when it was imported, before we could set it.
     ray_constants.ENABLE_RAY_CLUSTER = os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "1"

@@ -62,6 +62,7 @@ async def interruptible(work: Coroutine[object, object, T]) -> T:
 
 
 def _end(number: int, _: FrameType | None) -> None:
+    signal.alarm(0)  # Ray's native handler, where it came first, has set one to abort after 3 s
     os.write(2, b"stopped while starting or ending\n")
     started: set[int] = set()
     for how in (signal.SIGTERM, signal.SIGKILL):
