@@ -259,9 +259,9 @@ def test_a_replica_claims_only_sessions_of_its_own_model(live: Live) -> None:
             await until(lambda: _claimed(worker))
             mine, other = await bus.session_meta("mine"), await bus.session_meta("other")
             assert mine is not None
-            assert mine.held
+            assert mine.owner == "replica"
             assert other is not None
-            assert not other.held
+            assert other.epoch == 0
         await bus.close()
 
     async def _claimed(worker: LLMWorker) -> bool:
