@@ -14,7 +14,7 @@ import numpy as np
 
 from actors.turns import Assistant, Stream, Turn, User
 from jobs.annotations import Moment, VideoAnnotation
-from jobs.clock import Extent
+from jobs.clock import Extent, exact
 from jobs.scenes import Scene
 
 NO_VIDEO = (
@@ -35,8 +35,9 @@ SIZE_PX = 224
 def write_videos(folder: Path, fps: float) -> None:
     """The videos of `read_robustness` at the rate dialogues have; those that are there stay."""
     folder.mkdir(parents=True, exist_ok=True)
-    noise = np.random.default_rng(0).integers(0, 256, (NOISE_FRAMES, SIZE_PX, SIZE_PX, 3), np.uint8)
-    black = np.zeros((BLACK_FRAMES, SIZE_PX, SIZE_PX, 3), np.uint8)
+    # One frame more than is shown: the last of a video is not counted on.
+    noise = np.random.default_rng(0).integers(0, 256, (NOISE_FRAMES + 1, SIZE_PX, SIZE_PX, 3), np.uint8)
+    black = np.zeros((BLACK_FRAMES + 1, SIZE_PX, SIZE_PX, 3), np.uint8)
     for path, frames in zip(_videos(folder), (noise, black), strict=True):
         if not path.exists():
             _write(path, frames, fps)
@@ -74,7 +75,7 @@ def _write(path: Path, frames: np.ndarray, fps: float) -> None:
     """Frames (F, H, W, 3) uint8 RGB as a lossless video."""
     temporary = path.with_name(f".{path.name}")
     with av.open(str(temporary), "w", format="matroska") as container:
-        stream = container.add_stream("ffv1", rate=round(fps))
+        stream = container.add_stream("ffv1", rate=exact(fps))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "bgr0"
         for frame in frames:

@@ -11,7 +11,8 @@ from golden_files import read_json
 
 from actors.config import DEFAULT_SYSTEM_PROMPT
 from actors.turns import parse
-from actors.video import read_frames
+from actors.video import probe, read_frames
+from jobs.build_dialogues import frames_in
 from jobs.clock import Extent
 from jobs.dialogues import DataConfig, Dialogue
 from jobs.robustness import read_robustness, write_videos
@@ -42,11 +43,12 @@ def test_samples_match(tmp_path: Path, version: str) -> None:
         assert text(ours, version) == sample["text"]
 
 
-def test_its_videos_show_noise_and_black_at_the_rate_of_the_dialogues(tmp_path: Path) -> None:
-    write_videos(tmp_path, fps=2)
-    noise = [frame.image for frame in read_frames(tmp_path / "robustness_noise.mkv", 2, 64)]
-    black = [frame.image for frame in read_frames(tmp_path / "robustness_black.mkv", 2, 64)]
-    assert (len(noise), len(black)) == (10, 1)
-    assert np.std(noise[0]) > 20
+@pytest.mark.parametrize("fps", [2, 5, 29.97])
+def test_its_videos_show_noise_and_black_at_the_rate_of_the_dialogues(tmp_path: Path, fps: float) -> None:
+    write_videos(tmp_path, fps)
+    paths = [tmp_path / "robustness_noise.mkv", tmp_path / "robustness_black.mkv"]
+    assert [frames_in(probe(path), fps) for path in paths] == [10, 1]
+    noise, black = ([frame.image for frame in read_frames(path, fps, 224)] for path in paths)
+    assert np.std(noise[0]) > 50
     assert not np.array_equal(noise[0], noise[1])
     assert np.max(black) <= 2
