@@ -30,6 +30,7 @@ RENAMED = {
     "bat_(sports)": "sport bat",
     "nut_(food)": "nuts",
     "chip_(food)": "snack",
+    "chip_(wood'_metal),": "chips",  # sic
 }
 
 
