@@ -1,0 +1,93 @@
+"""Every offline program through `ray job submit`, on a cluster started as docs/jobs.md says."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from training_data import untrained_config
+
+from actors import checkpoint
+from actors.config import ModelConfig
+
+REPOSITORY = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [opened.getsockname()[1] for opened in sockets]
+    for opened in sockets:
+        opened.close()
+    return ports
+
+
+@pytest.fixture
+def job_server(tmp_path: Path) -> Iterator[str]:
+    """Address to submit jobs to; the cluster ends with the test."""
+    gcs, dashboard, agent, client = free_ports(4)
+    command = [BIN / "ray", "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1"]
+    command += [f"--port={gcs}", f"--ray-client-server-port={client}", "--include-dashboard=true"]
+    command += [f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
+    environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
+    with (
+        (tmp_path / "head.log").open("w") as log,
+        subprocess.Popen(command, stdout=log, stderr=log, env=environment) as head,
+    ):
+        try:
+            wait_for(f"http://127.0.0.1:{agent}/api/local_raylet_healthz", head)
+            yield f"http://127.0.0.1:{dashboard}"
+        finally:
+            head.terminate()
+
+
+def wait_for(url: str, head: subprocess.Popen, deadline_s: float = 120) -> None:
+    """Until the address answers: only then are jobs accepted."""
+    end = time.monotonic() + deadline_s
+    while True:
+        assert head.poll() is None, "the cluster did not start: see head.log"
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            assert time.monotonic() < end, f"{url} does not answer"
+            time.sleep(0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_offline_leg_runs_as_submitted_jobs(
+    job_server: str, tiny_configs: dict[str, ModelConfig], samples: Path, tmp_path: Path
+) -> None:
+    settings = {
+        "model": untrained_config(tiny_configs["live1plus"]).model_dump(mode="json"),
+        "annotations": {"paths": [str(samples)]},
+        "data": {"folder": "dialogues", "max_frames": 30, "longer": "split", "validation_fraction": 0},
+        "store": {"folder": "tokens", "encoder_cpus": 0.5},
+        "training": {"name": "test", "adapter": {"rank": 4, "alpha": 8}, "max_steps": 2, "batch_size": 1},
+    }
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings))
+
+    def submit(job: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+        program = ["python", "-m", f"jobs.{job}", str(tmp_path / "settings.yaml"), "--root", str(tmp_path), *overrides]
+        command = [BIN / "ray", "job", "submit", "--address", job_server, "--working-dir", ".", "--", *program]
+        return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+
+    for job in ("build_dialogues", "encode_frames", "train"):
+        done = submit(job)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert checkpoint.load(tmp_path / "runs" / "test" / "checkpoint").trained_videos
+
+    failed = submit("train", "training.learning_rate=1")
+    assert failed.returncode == 1
+    assert "error: the run in" in failed.stdout
+    assert "Traceback" not in failed.stdout
