@@ -28,6 +28,7 @@ from pydantic import Field, ValidationError
 
 from actors.config import Section
 from actors.dialogue import IGNORED, Batch, Rendered, Template, collate
+from actors.objective import Objective, taught
 from jobs.dialogues import Dialogue
 
 logger = logging.getLogger(__name__)
@@ -279,15 +280,22 @@ class TrainingSet:
     learn, or no dialogue has its video in the store. Dialogues whose video is not there are left out.
     """
 
-    def __init__(self, dialogues: Sequence[Dialogue], store: FrameStore, template: Template) -> None:
+    def __init__(
+        self,
+        dialogues: Sequence[Dialogue],
+        store: FrameStore,
+        template: Template,
+        objective: Objective = "streaming",
+    ) -> None:
         self.store = store
         self.template = template
+        self.objective: Objective = objective
         if template.frames.num_tokens != store.info.num_tokens:
             raise DatasetError(
                 f"the store {store.path} has {store.info.num_tokens} tokens a frame, "
                 f"model.frames says {template.frames.num_tokens}: run jobs.encode_frames again into another folder"
             )
-        self.dialogues = [dialogue for dialogue in dialogues if dialogue.video_id in store]
+        self.dialogues = [d for d in dialogues if d.num_frames == 0 or d.video_id in store]
         absent = sorted({dialogue.video_id for dialogue in dialogues} - {d.video_id for d in self.dialogues})
         if not self.dialogues:
             wanted = f"none of the {len(absent)} videos in them" if absent else "there are no dialogues"
@@ -307,8 +315,8 @@ class TrainingSet:
         dialogue = self.dialogues[index]
         sample = Sample(
             dialogue_id=dialogue.dialogue_id,
-            rendered=self.template.render(dialogue.conversation),
-            frames=self.store.frames(dialogue.video_id, *dialogue.frames),
+            rendered=self.template.render(taught(dialogue.conversation, self.objective)),
+            frames=self._frames(dialogue),
         )
         if sample.num_labels == 0:
             raise DatasetError(f"dialogue {dialogue.dialogue_id!r} has nothing to learn: give a turn learn: true")
@@ -316,7 +324,12 @@ class TrainingSet:
 
     def video_ids(self) -> list[str]:
         """The videos that training sees, sorted."""
-        return sorted({dialogue.video_id for dialogue in self.dialogues})
+        return sorted({dialogue.video_id for dialogue in self.dialogues if dialogue.num_frames})
+
+    def _frames(self, dialogue: Dialogue) -> torch.Tensor:
+        if dialogue.num_frames == 0:
+            return torch.empty(0, self.store.info.num_tokens, self.store.info.width, dtype=torch.float16)
+        return self.store.frames(dialogue.video_id, *dialogue.frames)
 
     def _check(self, dialogue: Dialogue) -> None:
         where = f"dialogue {dialogue.dialogue_id!r}"
@@ -325,6 +338,8 @@ class TrainingSet:
                 f"{where} counts frames at {dialogue.fps:g} fps, the store {self.store.path} has "
                 f"{self.store.info.fps:g} fps: set data.fps or store.fps and run its job again"
             )
+        if dialogue.num_frames == 0:
+            return
         count = self.store.num_frames(dialogue.video_id)
         if dialogue.frames[1] > count:
             raise DatasetError(

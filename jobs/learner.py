@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
 import torch
 import torch.distributed
@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from actors.adapter import AdapterConfig
 from actors.config import ConfigError, Section
 from actors.model import VideoLLM
+from actors.objective import Objective
 from jobs.dataset import Sample, TrainingSet, batch_of, step_order
 
 
@@ -36,7 +37,7 @@ class TrainingConfig(Section):
 
     name: str = Field(default="run", min_length=1, description="of the run; its files are in training.folder/name")
     folder: str = Field(default="runs", description="holds the runs")
-    objective: Literal["streaming", "interleaved", "per_frame"] = Field(
+    objective: Objective = Field(
         default="streaming", description="streaming is the paper's; the others are those it is compared with"
     )
     adapter: AdapterConfig = Field(default=AdapterConfig(), description="LoRA; the connector is always trained fully")

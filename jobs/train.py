@@ -115,7 +115,7 @@ def load_data(config: Config, template: Template) -> TrainingSet:
     dialogues = read_dialogues(Path(config.section("data", DataConfig).folder) / "train.jsonl")
     folder = config.section("store", StoreConfig).folder
     store = FrameStore.open(folder, expect_fingerprint=vision_fingerprint(config.model))
-    return TrainingSet(dialogues, store, template)
+    return TrainingSet(dialogues, store, template, config.section("training", TrainingConfig).objective)
 
 
 class _Trainer(TorchTrainer):

@@ -55,6 +55,7 @@ def settings(videos: Path, out: Path, **data: object) -> Config:
     return Config({"model": MODEL, "annotations": {"paths": [str(videos)]}, "data": {"folder": str(out)} | data})
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_the_result_is_the_same_however_the_files_are_spread(videos: Path, tmp_path: Path) -> None:
     build(settings(videos, tmp_path / "one", validation_fraction=0.5))
@@ -76,6 +77,7 @@ def test_the_result_is_the_same_however_the_files_are_spread(videos: Path, tmp_p
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_videos_and_texts_that_cannot_be_used_are_reported(videos: Path, tmp_path: Path) -> None:
     (videos / "clip0.mp4").unlink()
@@ -91,6 +93,7 @@ def test_videos_and_texts_that_cannot_be_used_are_reported(videos: Path, tmp_pat
     assert written["videos"] == {"annotated": 4, "used": 1, "left_out": coverage.left_out}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_all_bad_files_are_named_at_once_and_nothing_is_written(videos: Path, tmp_path: Path) -> None:
     for name in ("clip0.srt", "clip2.srt"):
@@ -100,6 +103,7 @@ def test_all_bad_files_are_named_at_once_and_nothing_is_written(videos: Path, tm
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_video_annotated_twice_is_refused(videos: Path, tmp_path: Path) -> None:
     shutil.copy(videos / "clip0.srt", videos / "clip0.vtt")
@@ -108,6 +112,7 @@ def test_a_video_annotated_twice_is_refused(videos: Path, tmp_path: Path) -> Non
         build(settings(videos, tmp_path / "out"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_no_dialogue_at_all_is_an_error_that_says_why(videos: Path, tmp_path: Path) -> None:
     for video in videos.glob("*.mp4"):

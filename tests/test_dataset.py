@@ -12,6 +12,7 @@ from training_data import narrated, write_store
 from actors.causal_lm import load_tokenizer
 from actors.config import FrameConfig, ModelConfig
 from actors.dialogue import Template
+from actors.objective import Objective
 from jobs.dataset import DatasetError, FrameStore, TrainingSet, batch_of, step_order
 
 VIDEOS = ["ab", "abcd", "abcdef"]
@@ -36,6 +37,16 @@ def test_a_sample_is_the_rendered_dialogue_with_the_tokens_of_its_frames(store: 
     placeholders = sample.rendered.input_ids.count(template.frame_id)
     assert placeholders == sample.rendered.num_frames * template.frames.num_tokens == sample.frames[..., 0].numel()
     assert sample.num_labels > 0
+
+
+@pytest.mark.parametrize("objective", ["streaming", "interleaved", "per_frame"])
+def test_an_objective_changes_what_is_learned_and_no_frame(
+    store: FrameStore, template: Template, objective: Objective
+) -> None:
+    plain, sample = (TrainingSet([narrated("abcd")], store, template, o)[0] for o in ("streaming", objective))
+    assert torch.equal(sample.frames, plain.frames)
+    assert sample.rendered.num_frames == len(sample.frames)
+    assert (sample.rendered.labels == plain.rendered.labels) == (objective == "streaming")
 
 
 def test_a_batch_has_all_frames_in_the_order_of_its_rows(store: FrameStore, template: Template) -> None:

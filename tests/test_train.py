@@ -110,6 +110,7 @@ def descendants(pid: int) -> list[int]:
     return children + [found for child in children for found in descendants(child)]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_videos_with_subtitles_become_a_servable_checkpoint(settings_of, samples: Path, tmp_path: Path) -> None:
     config = settings_of(batch_size=1, max_steps=4)
