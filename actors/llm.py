@@ -214,10 +214,21 @@ class LLMWorker:
         self._loop.call_soon_threadsafe(self._outbox.put_nowait, (session_id, entries, next_seq))
 
     async def _append_forever(self) -> None:
-        while (item := await self._outbox.get()) is not None:
-            session_id, entries, next_seq = item
-            if (held := self.held.get(session_id)) is not None:
-                await self._append(held, entries, next_seq)
+        """Write what was logged, in order; what gathered while Redis answered goes out in one append a session."""
+        while True:
+            items = [await self._outbox.get()]
+            while not self._outbox.empty():
+                items.append(self._outbox.get_nowait())
+            gathered: dict[str, list[LogEntry]] = {}
+            decided: dict[str, int] = {}
+            for session_id, entries, next_seq in filter(None, items):
+                gathered.setdefault(session_id, []).extend(entries)
+                decided[session_id] = next_seq
+            for session_id, entries in gathered.items():
+                if (held := self.held.get(session_id)) is not None:
+                    await self._append(held, entries, decided[session_id])
+            if items[-1] is None:
+                return
 
     async def _append(self, held: Held, entries: list[LogEntry], next_seq: int) -> None:
         if await self._append_until_answered(held, entries, next_seq) == "stale":

@@ -44,6 +44,7 @@ REMEMBERED_RESPONSES = 3
 NEARLY_EQUAL = 0.9
 IDLE_PREFILL = 64
 OPENING = 16
+UTF8_BYTES = 4
 
 
 class SessionError(ValueError):
@@ -111,12 +112,13 @@ class Work:
 
 @dataclass
 class Response:
-    """The turn being spoken."""
+    """The turn being spoken. The text of the first `shown` ids is out; `anchor` is where it was before."""
 
     response_id: str
     query_id: str | None
     ids: list[int] = field(default_factory=list)
-    emitted: int = 0
+    anchor: int = 0
+    shown: int = 0
 
 
 class Session:
@@ -296,7 +298,8 @@ class Session:
             case ResponseTokens():
                 response = self._speaking()
                 response.ids += entry.ids
-                response.emitted += len(entry.text)
+                if entry.text:
+                    response.anchor, response.shown = response.shown, len(response.ids)
                 self.context.add_tokens(list(entry.ids))
             case ResponseEnded():
                 response = self._speaking()
@@ -447,11 +450,16 @@ class Session:
         return ResponseEnded(response_id=response.response_id, reason="duplicate" if duplicate else reason, text=text)
 
     def _delta(self, ids: list[int], final: bool) -> str:
-        """Text that `ids` made readable beyond what was emitted; half a character waits for its rest."""
-        text = self.template.decode(ids).removeprefix(" ")
-        if not final:
-            text = text.rstrip("\N{REPLACEMENT CHARACTER}")
-        return text[self._speaking().emitted :]
+        """Text that `ids` made readable beyond what is out; half a character waits for its rest.
+
+        Decoded from a little before the new ids, so that a long response costs no more than a short one.
+        """
+        response = self._speaking()
+        text = self.template.decode(ids[response.anchor :])
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and not final and len(ids) - response.shown < UTF8_BYTES:
+            return ""
+        new = text[len(self.template.decode(ids[response.anchor : response.shown])) :]
+        return new if response.shown else new.removeprefix(" ")
 
     def _forget_command(self, query_id: str | None) -> None:
         """Drop the query of that id, or the oldest settings change for None."""
