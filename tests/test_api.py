@@ -39,7 +39,6 @@ from serve.server_events import (
     VideoStatus,
 )
 
-
 A = 64  # the tiny tokenizer's letter "a": text at once, unlike the first bytes of a longer character
 
 
