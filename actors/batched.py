@@ -154,7 +154,8 @@ class BatchedEngine:
         if positions < self.limits.capacity:
             raise ValueError(
                 f"engine.kv_memory_gb of {budget / 1e9:.2f} holds {positions} positions, one session needs "
-                f"{self.limits.capacity} ({self.limits.capacity * each / 1e9:.2f} GB): raise it or lower engine.max_positions"
+                f"{self.limits.capacity} ({self.limits.capacity * each / 1e9:.2f} GB): "
+                "raise it or lower engine.max_positions"
             )
         return positions
 
@@ -164,5 +165,6 @@ def _refuse_sliding_windows(config: object, capacity: int) -> None:
     layers = getattr(config, "layer_types", None) or ([] if window is None else ["sliding_attention"])
     if window is not None and window < capacity and "sliding_attention" in layers:
         raise ValueError(
-            f"the LLM attends within {window} positions, contexts may have {capacity}: set engine.max_positions to {window}"
+            f"the LLM attends within {window} positions, contexts may have {capacity}: "
+            f"set engine.max_positions to {window}"
         )

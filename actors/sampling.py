@@ -9,6 +9,8 @@ import torch
 from actors.messages import SessionSettings
 from actors.session import Decision
 
+FEW = 512
+
 
 def decide(logits: torch.Tensor, silence_id: int) -> list[Decision]:
     """One decision per row of `logits` (R, V): P(silent) by softmax, and whether silence is the argmax.
@@ -43,8 +45,17 @@ def sample(logits: torch.Tensor, settings: SessionSettings, said: Sequence[int],
     if settings.temperature == 0:
         return int(scores.argmax())
     probabilities = torch.softmax(scores / settings.temperature, -1).cpu()
-    ordered, ids = probabilities.sort(descending=True)
+    ordered, ids = _most_likely(probabilities, settings.top_p)
     outside = ordered.cumsum(0) - ordered >= settings.top_p
     ordered[outside] = 0.0
     generator = torch.Generator().manual_seed(hash((settings.seed, *step)) & 0x7FFFFFFFFFFFFFFF)
     return int(ids[torch.multinomial(ordered, 1, generator=generator)])
+
+
+def _most_likely(probabilities: torch.Tensor, mass: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The most likely tokens in order, at least so many that they have `mass`; all are sorted only if they must."""
+    few = probabilities.topk(min(FEW, len(probabilities)))
+    if float(few.values.sum()) >= mass:
+        return few.values, few.indices
+    every = probabilities.sort(descending=True)
+    return every.values, every.indices

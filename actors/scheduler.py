@@ -1,8 +1,9 @@
 """What one step appends: decode tokens of speaking sessions first, then frames, then prefill.
 
-A step has a budget of positions, so that its time is bounded and nobody waits long. Sessions that
-were served longest ago come first within their kind, and prefill always gets a part of the budget,
-so none starves. How many waiting frames of a session are appended at once as if silent follows how
+A step has a budget of positions, so that its time is bounded and nobody waits long. It serves those
+that were served longest ago, and prefill always gets a part of the budget, so none starves. Among the
+served, live sessions with a frame or two take what they need first; runs of those that are behind, or of
+recorded video, share what is left. How many waiting frames of a session are appended at once as if silent follows how
 often it speaks: what lies behind a frame that speaks is thrown away.
 """
 
@@ -33,12 +34,15 @@ class Scheduler:
         ordered = sorted(sessions, key=lambda session: self._served.get(session.session_id, 0))
         prefilling = [s for s in ordered if s.pending > self.token_budget // 2]
         speaking = [s for s in ordered if s.response is not None and s not in prefilling]
-        others = [s for s in ordered if s.response is None and s not in prefilling]
+        others = [s for s in ordered if s.response is None and s not in prefilling and (s.waiting_frames or s.pending)]
         plan: list[tuple[Session, Work]] = []
         left = self.token_budget
         left -= self._take(plan, speaking, left, frames=False)
         reserved = self.token_budget // PREFILL_SHARE if prefilling else 0
-        left -= self._take(plan, others, max(left - reserved, 1), frames=True)
+        room = max(left - reserved, 1)
+        others = others[: max(room // others[0].template.frames.num_tokens, 1)] if others else []
+        others.sort(key=lambda session: session.waiting_frames)
+        left -= self._take(plan, others, room, frames=True)
         self._take(plan, prefilling, max(left, reserved), frames=False)
         for session, _ in plan:
             self._served[session.session_id] = self._step

@@ -1,0 +1,125 @@
+"""The lean forward against the Hugging Face one, for each family it knows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from actors.kv import KVMemory, Ragged, Span
+from actors.lean import LeanDecoder
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+FAMILY = {
+    "llama": LlamaConfig(**SIZES),
+    "llama with biases": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
+    "llama 3.1": LlamaConfig(**SIZES, rope_parameters=LLAMA3_ROPE),
+    "mistral": MistralConfig(**SIZES, head_dim=16, sliding_window=None),
+    "qwen2": Qwen2Config(**SIZES),
+    "qwen3": Qwen3Config(**SIZES, head_dim=24),
+}
+
+
+def build(config: PretrainedConfig) -> PreTrainedModel:
+    torch.manual_seed(0)
+    llm = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    for parameter in llm.parameters():  # norms and biases start as ones and zeros, which would hide mistakes
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return llm.requires_grad_(False)
+
+
+def plain(llm: PreTrainedModel, sequences: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Last hidden states (T, H) of each sequence of embeddings, by the model itself."""
+    return [llm.get_decoder()(inputs_embeds=sequence[None]).last_hidden_state[0] for sequence in sequences]
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_pieces_of_several_sessions_equal_whole_sequences(name: str) -> None:
+    llm = build(FAMILY[name])
+    sequences = [torch.randn(length, 48) for length in (70, 23)]
+    with torch.inference_mode():
+        expected = plain(llm, sequences)
+    lean = LeanDecoder.of(llm)
+    assert lean is not None
+    memory = KVMemory(llm.config, 512, torch.float32, torch.device("cpu"))
+    regions = [memory.reserve(100), memory.reserve(100)]
+    found: list[list[torch.Tensor]] = [[], []]
+    with torch.inference_mode():
+        for pieces in [(0, 40), (0, 1)], [(40, 41), (1, 20)], [(41, 70), (20, 23)]:
+            spans, inputs, positions, first = [], [], [], 0
+            for (start, stop), region, sequence in zip(pieces, regions, sequences, strict=True):
+                spans.append(Span(first, first + stop - start, region.start, start))
+                inputs.append(sequence[start:stop])
+                positions.append(torch.arange(start, stop))
+                first += stop - start
+            hidden = lean(
+                torch.cat(inputs), torch.cat(positions), Ragged.of(memory, spans, groups=3), torch.arange(first)
+            )
+            for index, span in enumerate(spans):
+                found[index].append(hidden[span.first : span.last])
+    for one, other in zip(found, expected, strict=True):
+        assert (torch.cat(one) - other).abs().max() < 1e-4
+
+
+def test_only_wanted_rows_come_back() -> None:
+    llm = build(FAMILY["llama"])
+    sequence = torch.randn(30, 48)
+    lean = LeanDecoder.of(llm)
+    assert lean is not None
+    memory = KVMemory(llm.config, 256, torch.float32, torch.device("cpu"))
+    wanted = torch.tensor([3, 29])
+    with torch.inference_mode():
+        (expected,) = plain(llm, [sequence])
+        hidden = lean(sequence, torch.arange(30), Ragged.of(memory, [Span(0, 30, 0, 0)], groups=3), wanted)
+    assert (hidden - expected[wanted]).abs().max() < 1e-4
+
+
+def test_the_model_itself_still_works_on_the_shared_weights() -> None:
+    llm = build(FAMILY["qwen2"])
+    sequence = torch.randn(30, 48)
+    with torch.inference_mode():
+        (before,) = plain(llm, [sequence])
+    storage = {p.untyped_storage().data_ptr() for p in llm.parameters()}
+    assert LeanDecoder.of(llm) is not None
+    with torch.inference_mode():
+        (after,) = plain(llm, [sequence])
+        cached = llm.get_decoder()(inputs_embeds=sequence[None], past_key_values=DynamicCache(config=llm.config))
+    assert (after - before).abs().max() < 1e-5
+    assert (cached.last_hidden_state[0] - before).abs().max() < 1e-5
+    assert len({p.untyped_storage().data_ptr() for p in llm.parameters()}) < len(storage)
+
+
+def test_other_models_keep_their_own_forward() -> None:
+    sizes = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
+    assert LeanDecoder.of(build(GPTNeoXConfig(**sizes))) is None
+    assert LeanDecoder.of(build(LlamaConfig(**SIZES, hidden_act="gelu"))) is None
+    adapted = build(FAMILY["llama"])
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"]), adapted)
+    assert LeanDecoder.of(adapted) is None
