@@ -117,6 +117,7 @@ def _on_cluster(request: Request) -> Iterator[Outcome]:
     gpus = float(any(section.device.startswith("cuda") for section in settings))
     connect(max(os.cpu_count() or 1, request.workers * cpus + 1))
     ray.data.DataContext.get_current().enable_progress_bars = False  # one of our own counts videos
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     rows = [{"video": str(task.video), "target": str(task.target)} for task in request.tasks]
     outcomes = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         _Actor,
@@ -128,7 +129,7 @@ def _on_cluster(request: Request) -> Iterator[Outcome]:
     )
     with tqdm(total=len(rows), unit="video", disable=None, file=sys.stderr) as bar:
         for batch in outcomes.iter_batches(batch_size=1, prefetch_batches=0):
-            outcome = Outcome(**{name: column[0].item() for name, column in batch.items()})
+            outcome = Outcome(**{name: column.tolist()[0] for name, column in batch.items()})
             if outcome.error:
                 _report(outcome.video, outcome.error)
             bar.update()

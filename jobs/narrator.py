@@ -20,6 +20,7 @@ from typing import Never
 import numpy as np
 from tqdm import tqdm
 
+from actors.backends import build_engine
 from actors.config import Config, ConfigError
 from actors.encoder import EncoderConfig, FrameEncoder
 from actors.engine import EngineConfig
@@ -27,7 +28,7 @@ from actors.messages import SessionSettings
 from actors.runtime import limit_threads
 from actors.video import probe, read_frames
 from jobs.lookahead import Lookahead
-from jobs.replay import FrameChunk, Question, Recording, Transcript, load_engine, replay
+from jobs.replay import FrameChunk, Question, Recording, Transcript, load_model, replay
 from jobs.subtitles import burn, cues_of, srt, webvtt
 
 logger = logging.getLogger(__name__)
@@ -71,8 +72,10 @@ class Narrator:
         self.burns = burns
         self.session = config.section("session", SessionSettings)
         self.encoding = config.section("encoder", EncoderConfig)
-        self.threads = config.section("engine", EngineConfig).threads
-        loaded, self.engine = load_engine(config)
+        engine = config.section("engine", EngineConfig)
+        self.threads = engine.threads
+        loaded = load_model(config)
+        self.engine = build_engine(loaded.model, loaded.template, engine)
         self.encoder = FrameEncoder(loaded.config, self.encoding.device)
         if self.encoder.fingerprint != loaded.features:
             raise ConfigError(

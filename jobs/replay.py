@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from actors.backends import build_engine
 from actors.checkpoint import Loaded, load_or_untrained
 from actors.config import Config, ConfigError
 from actors.engine import Engine, EngineConfig
@@ -189,10 +188,10 @@ class _Player:
                 self.pushed += 1
 
 
-def load_engine(config: Config) -> tuple[Loaded, Engine]:
-    """The checkpoint and the engine that a settings file describes; takes a while.
+def load_model(config: Config) -> Loaded:
+    """The checkpoint that a settings file describes; takes a while.
 
-    Raises ConfigError where there is no checkpoint and `engine.untrained` does not allow that.
+    Raises ConfigError where there is none and `engine.untrained` does not allow that.
     """
     settings = config.section("engine", EngineConfig)
     if config.model.checkpoint is None and not settings.untrained:
@@ -200,5 +199,4 @@ def load_engine(config: Config) -> tuple[Loaded, Engine]:
             f"{config.source}: model.checkpoint is not set: give a checkpoint folder (jobs.train makes one), "
             "or set engine.untrained to true to see everything run on a model that talks nonsense"
         )
-    loaded = load_or_untrained(config.model, settings.device)
-    return loaded, build_engine(loaded.model, loaded.template, settings)
+    return load_or_untrained(config.model, settings.device)

@@ -202,7 +202,9 @@ def test_subtitles_of_somebody_else_are_not_overwritten(samples: Path) -> None:
         find_tasks([samples], samples)
 
 
+# Ray warns about its own settings when it copies them.
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
 def test_actors_of_a_cluster_share_the_videos(
     ray_cluster: None, narrate: Callable[..., int], samples: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

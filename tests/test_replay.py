@@ -15,7 +15,7 @@ from actors.config import Config, ConfigError, ModelConfig
 from actors.engine import Engine, EngineConfig
 from actors.messages import SessionSettings
 from actors.session import Decision, Session
-from jobs.replay import FrameChunk, Question, Recording, Transcript, Utterance, load_engine, replay
+from jobs.replay import FrameChunk, Question, Recording, Transcript, Utterance, load_model, replay
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +170,6 @@ def test_a_question_too_long_for_the_window_is_refused_with_the_reason(loaded: L
 def test_a_model_without_training_must_be_allowed_by_name(tiny_configs: dict[str, ModelConfig]) -> None:
     model = tiny_configs["live1plus"].model_copy(update={"checkpoint": None}).model_dump()
     with pytest.raises(ConfigError, match=r"checkpoint is not set: .* engine\.untrained"):
-        load_engine(Config({"model": model}))
-    loaded, engine = load_engine(Config({"model": model, "engine": {"untrained": True, "kv_memory_gb": 0.05}}))
-    assert engine.room > 0
+        load_model(Config({"model": model}))
+    loaded = load_model(Config({"model": model, "engine": {"untrained": True}}))
     assert loaded.config.checkpoint is None
