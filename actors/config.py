@@ -26,6 +26,7 @@ SECTIONS = (
     "data",
     "store",
     "training",
+    "evaluation",
 )
 
 DEFAULT_SYSTEM_PROMPT = (
