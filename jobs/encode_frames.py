@@ -5,7 +5,9 @@ at `data.fps` and encoded by the class that encodes live frames when serving; th
 gets one file a video (see jobs/dataset.py). Videos that are already in it are not encoded again, so a
 run that was stopped goes on where it was. The next step is jobs.train.
 
-A video that cannot be read is reported and the others go on; the exit code is then 1.
+Features that the public reference has made of videos (.pt) are taken over as they are, if the name of
+their folder says that `model.vision` made them. A video that cannot be read is reported and the others
+go on; the exit code is then 1.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ from actors.weights import WeightsError
 from jobs.annotations import VIDEO_SUFFIXES, video_id
 from jobs.cluster import connect
 from jobs.dataset import FrameStore, StoreError, StoreInfo, VideoWriter
+from jobs.dataset_files import FEATURES_SUFFIX
 from jobs.dialogues import SPLITS, DataConfig, DialogueFileError, read_dialogues
+from jobs.feature_import import take_over
 from jobs.program import run
 
 logger = logging.getLogger(__name__)
@@ -96,11 +100,14 @@ def encode(config: Config) -> Summary:
     with store.locked():
         todo = {name: path for name, path in videos.items() if name not in store}
         summary = Summary(present=len(videos) - len(todo))
-        if todo:
+        start = time.monotonic()
+        made = {name: path for name, path in todo.items() if Path(path).suffix == FEATURES_SUFFIX}
+        _take_over(made, store, model, summary)
+        if todo := {name: path for name, path in todo.items() if name not in made}:
             connect()
             start = time.monotonic()
             _store(_chunks(todo, model, encoder, settings, data.fps), store, todo, summary)
-            summary.seconds = time.monotonic() - start
+        summary.seconds = time.monotonic() - start
     logger.info("store=%s %s", store.path, summary)
     if summary.failed:
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in sorted(summary.failed.items()))
@@ -124,10 +131,11 @@ def find_videos(settings: StoreConfig, data: DataConfig) -> dict[str, str]:
 def _videos_of(source: Path) -> Iterator[tuple[str, str]]:
     if source.suffix == ".jsonl":
         for dialogue in read_dialogues(source):
-            yield dialogue.video_id, str(Path(dialogue.video).absolute())
+            if dialogue.video:
+                yield dialogue.video_id, str(Path(dialogue.video).absolute())
     elif source.is_dir():
         for path in sorted(source.rglob("*")):
-            if path.suffix.lower() in VIDEO_SUFFIXES:
+            if path.suffix.lower() in (*VIDEO_SUFFIXES, FEATURES_SUFFIX):
                 yield video_id(path), str(path.absolute())
     elif source.suffix == ".txt" and source.is_file():
         for line in filter(None, map(str.strip, source.read_text().splitlines())):
@@ -218,6 +226,17 @@ class ChunkEncoder:
         if count:
             tokens[:count] = self.encoder(frames[:count])
         return batch | {"tokens": tokens.numpy()[None]}
+
+
+def _take_over(features: dict[str, str], store: FrameStore, model: ModelConfig, summary: Summary) -> None:
+    for name, path in tqdm(features.items(), unit="video", disable=None, file=sys.stderr):
+        try:
+            summary.frames += take_over(Path(path), store, model, name)
+        except (VideoError, StoreError) as error:
+            summary.failed[name] = str(error)
+            logger.error("video=%s failed: %s", name, error)
+        else:
+            summary.encoded += 1
 
 
 def _store(chunks: Iterator[Row], store: FrameStore, videos: dict[str, str], summary: Summary) -> None:

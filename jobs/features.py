@@ -15,12 +15,13 @@ from pydantic import Field
 from torch import Tensor
 
 from actors.config import Section
+from actors.video import VideoError
 from jobs.clock import Extent
 
 FOLDER = re.compile(r".*_(?P<fps>\d+)fps_(?P<px>\d+)_(?P<cls>1)?\+?(?:(?P<h>\d+)x(?P<w>\d+))?_(?P<encoder>.+)$")
 
 
-class FeaturesError(ValueError):
+class FeaturesError(VideoError):
     """A file of frame tokens is damaged or holds something else; says what was found and expected."""
 
 
