@@ -80,12 +80,48 @@ class VideoAnnotation(Section):
     dataset: str = ""
 
 
+class DatasetConfig(Section):
+    """One public dataset: where its files and videos are, and how much of it is wanted."""
+
+    format: Literal[
+        "ego4d_narration",
+        "ego4d_narration_stream",
+        "ego4d_refined_narration",
+        "chat",
+        "nlq",
+        "lta",
+        "lta_test",
+        "coin_step",
+        "coin_next",
+        "coin_task",
+        "coin_procedure",
+        "coin_taskprocedure",
+        "captions",
+        "robustness",
+    ]
+    path: str = Field(default="", description="the folder of its annotations; of captions, the file")
+    videos: str = Field(default="", description="the folder of its videos, named by id; or of their features (.pt)")
+    weight: float = Field(default=1, gt=0, allow_inf_nan=False, description="how often each part of it is used")
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        missing = [name for name in ("path", "videos") if not getattr(self, name)]
+        if missing and self.format != "robustness":
+            raise ValueError(f"format {self.format} needs {' and '.join(missing)}")
+        return self
+
+
 class AnnotationsConfig(Section):
     """Where annotations come from."""
 
     paths: tuple[str, ...] = Field(
         default=("tests/samples",),
         description="annotation files, and folders whose annotation files are all read (.jsonl, .srt, .vtt)",
+    )
+    datasets: dict[str, DatasetConfig] = Field(
+        default_factory=dict,
+        description="public datasets by a name of your choice: {format, path, videos, weight}; formats are listed "
+        "in jobs/public.py",
     )
 
 

@@ -74,7 +74,7 @@ class DataConfig(Section):
         default=0,
         ge=0,
         le=1,
-        description="share of training dialogues with a reply that is late, missing or wrong, to learn to go on after it",
+        description="share of training dialogues with a reply that is late, missing or wrong, to go on after",
     )
 
 

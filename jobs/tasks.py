@@ -89,6 +89,7 @@ def _of_scenes(
                 labels=scene.labels,
             )
         )
+    made.used = len(row.moments) if made.dialogues else 0
     return made
 
 

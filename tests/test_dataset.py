@@ -14,6 +14,7 @@ from actors.config import FrameConfig, ModelConfig
 from actors.dialogue import Template
 from actors.objective import Objective
 from jobs.dataset import DatasetError, FrameStore, TrainingSet, batch_of, step_order
+from jobs.dialogues import Dialogue
 
 VIDEOS = ["ab", "abcd", "abcdef"]
 
@@ -117,3 +118,16 @@ def test_every_epoch_is_another_permutation_of_all_samples() -> None:
 def test_an_order_does_not_depend_on_what_was_asked_before() -> None:
     later = step_order(7, 3, 9, seed=0)
     assert [step_order(7, 3, step, seed=0) for step in range(10)][9] == later
+
+
+def test_a_dialogue_without_frames_needs_no_video(store: FrameStore, template: Template) -> None:
+    conversation = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hi!", "learn": True}]
+    talk = {"dialogue_id": "talk", "task": "robustness", "video_id": "none", "video": "", "fps": 2, "frames": [0, 0]}
+    data = TrainingSet(
+        [Dialogue.model_validate(talk | {"conversation": conversation}), narrated("ab")], store, template
+    )
+    assert data.video_ids() == ["ab"]
+    assert data[0].frames.shape == (0, *data[1].frames.shape[1:])
+    batch, frames = batch_of([data[0], data[1]], template.eos_id)
+    assert torch.equal(frames, data[1].frames)
+    assert batch.at_frame[0].sum() == 0
