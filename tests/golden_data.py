@@ -11,12 +11,13 @@ from typing import TypeVar
 from golden_files import read_json, template
 
 from actors.config import DEFAULT_SYSTEM_PROMPT
-from actors.turns import Assistant, Stream, Turn, parse
+from actors.turns import Assistant, Stream, System, Turn, parse
 from jobs.annotations import VideoAnnotation
 from jobs.clock import Extent
 from jobs.dataset_files import find_video
 from jobs.dialogues import DataConfig, Dialogue
 from jobs.features import features_extent
+from jobs.scenes import Scene
 from jobs.tasks import dialogues_of
 
 T = TypeVar("T")
@@ -91,6 +92,11 @@ def text(dialogue: Dialogue, version: str, prompt: bool = False) -> str:
     if prompt and isinstance(turns[-1], Assistant):
         turns = turns[:-1]
     return template("tiny", version).render(turns, prompt=prompt).text
+
+
+def scene_text(scene: Scene) -> str:
+    """The scene behind the default system prompt, as the reference writes it."""
+    return template("tiny", "live1plus").render((System(content=DEFAULT_SYSTEM_PROMPT), *scene.turns)).text
 
 
 def key(dialogue: Dialogue) -> tuple[str, tuple[int, int]]:
