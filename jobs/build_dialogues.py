@@ -4,7 +4,7 @@ Reads annotation files (.jsonl, .srt, .vtt: see jobs/annotations.py) and public 
 looks at the videos they describe, and writes the folder `data.folder`:
 
   train.jsonl, validation.jsonl   one dialogue a line (see jobs/dialogues.py), split by video
-  coverage.json                   which videos and texts were used, and why others were not
+  coverage.json                   which videos and texts were used, why others were not, and what it was made from
 
 A video that is missing or cannot be read is reported and left out. The result depends on the files
 and settings only, not on the number of workers. The next step is jobs.encode_frames.
@@ -13,6 +13,7 @@ and settings only, not on the number of workers. The next step is jobs.encode_fr
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import json
 import logging
@@ -22,6 +23,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
 
@@ -86,6 +88,7 @@ class Coverage:
     frames: int = 0
     dialogues: Counter[str] = field(default_factory=Counter)
     datasets: Counter[str] = field(default_factory=Counter)
+    made_from: dict[str, object] = field(default_factory=dict)
 
     def to_json(self) -> str:
         return json.dumps(
@@ -99,6 +102,7 @@ class Coverage:
                 "dialogues": {split: self.dialogues[split] for split in SPLITS},
                 "dialogues_of_datasets": dict(self.datasets),
                 "frames": self.frames,
+                "made_from": self.made_from,
             },
             indent=2,
             ensure_ascii=False,
@@ -133,7 +137,7 @@ def build(config: Config) -> Coverage:
     # Blocks arrive in any order.
     results.sort(key=lambda result: (*result.key, result.source))
     _refuse_repeated(results)
-    coverage = _write(results, Path(data.folder), data)
+    coverage = _write(results, Path(data.folder), data, _provenance(results, config))
     _report(coverage, data)
     return coverage
 
@@ -235,8 +239,31 @@ def _refuse_repeated(results: list[Result]) -> None:
             )
 
 
-def _write(results: list[Result], folder: Path, data: DataConfig) -> Coverage:
-    coverage = Coverage(videos=len({result.video_id for result in results}))
+def _provenance(results: list[Result], config: Config) -> dict[str, object]:
+    """What must be the same to make the same dialogues again, but the videos."""
+    hashes = {}
+    for source in sorted({result.source for result in results}):
+        if Path(source).is_file():
+            with open(source, "rb") as file:
+                hashes[source] = hashlib.file_digest(file, "sha256").hexdigest()
+    return {
+        "version": _version(),
+        "annotations": config.section("annotations", AnnotationsConfig).model_dump(mode="json"),
+        "data": config.section("data", DataConfig).model_dump(mode="json"),
+        "system_prompt": config.model.system_prompt,
+        "sha256": hashes,
+    }
+
+
+def _version() -> str:
+    try:
+        return version("videollm-online")
+    except PackageNotFoundError:  # run from a folder, as `ray job submit --working-dir` does
+        return "not installed"
+
+
+def _write(results: list[Result], folder: Path, data: DataConfig, made_from: dict[str, object]) -> Coverage:
+    coverage = Coverage(videos=len({result.video_id for result in results}), made_from=made_from)
     used = {result.video_id for result in results if result.left_out is None}
     lines: dict[str, list[str]] = {split: [] for split in SPLITS}
     for result in results:

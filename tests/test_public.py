@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from golden_files import template
 
-from actors.config import Config, ConfigError
+from actors.config import Config, ConfigError, FrameConfig, ModelConfig
 from jobs.annotations import AnnotationError, AnnotationsConfig, DatasetConfig, VideoAnnotation
 from jobs.build_dialogues import build
 from jobs.clock import Extent
+from jobs.dataset import FrameStore, StoreInfo, TrainingSet
 from jobs.dialogues import DataConfig, read_dialogues
 from jobs.encode_frames import StoreConfig, find_videos
+from jobs.feature_import import take_over
+from jobs.features import features_extent
 from jobs.public import READERS, read_dataset
 from jobs.tasks import NARRATIONS, SCENES, copies, dialogues_of
 
@@ -63,10 +67,36 @@ def test_datasets_are_mixed_into_the_splits_they_name(datasets: Path, tmp_path: 
     assert list(coverage.left_out) == ["coin_missing_features"]
     missing = str(datasets / "coin" / f"videos_{FEATURES}" / "coin_missing_features.mp4")
     assert missing in coverage.left_out["coin_missing_features"]
-    assert json.loads((tmp_path / "coverage.json").read_text())["dialogues_of_datasets"] == dict(coverage.datasets)
+    written = json.loads((tmp_path / "coverage.json").read_text())
+    assert written["dialogues_of_datasets"] == dict(coverage.datasets)
+    assert len(written["made_from"]["sha256"][str(datasets / "coin" / "coin.json")]) == 64
+    assert written["made_from"]["data"]["mistakes"] == 1
     videos = find_videos(StoreConfig(), DataConfig(folder=str(tmp_path)))
     assert {"robustness_noise", "robustness_black", "v_lta"} <= videos.keys()
     assert not any(name.startswith("no_video") for name in videos)
+
+
+@pytest.mark.parametrize("form", ["ego4d_narration", "chat", "nlq", "lta", "coin_procedure"])
+def test_the_frames_of_a_dialogue_are_those_it_counts(datasets: Path, tmp_path: Path, form: str) -> None:
+    """A feature in the fixture is [t // 100, t % 100, token, number of the video]."""
+    config = DatasetConfig.model_validate(dataset(datasets, form))
+    frames = FrameConfig(resolution_px=384, cls=True, pooled=(3, 3), separator=",")
+    model = ModelConfig(llm="none", vision="google/siglip-large-patch16-384", frames=frames)
+    store = FrameStore.create(tmp_path, StoreInfo(fingerprint="x", vision="x", fps=2, num_tokens=10, width=4))
+    for path in Path(config.videos).glob("*.pt"):
+        take_over(path, store, model, path.stem)
+    made = []
+    for row in read_dataset("name", config):
+        if row.video.endswith(".pt"):
+            extent = features_extent(Path(row.video), fps=2)
+            made += dialogues_of(row, extent, DataConfig(fps=2, mistakes=1), "Be brief.").dialogues
+    data = TrainingSet(made, store, template("tiny", "live1plus"))
+    assert len(data) == len(made) > 0
+    for dialogue, sample in zip(made, data, strict=True):
+        shown = sample.frames[:, 0, 0] * 100 + sample.frames[:, 0, 1]
+        assert shown.tolist() == list(range(*dialogue.frames))
+        assert sample.rendered.num_frames == len(sample.frames)
+        assert sample.num_labels > 0
 
 
 def test_missing_files_and_folders_are_named_with_the_setting(datasets: Path, tmp_path: Path) -> None:
