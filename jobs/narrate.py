@@ -213,6 +213,8 @@ def read_request(arguments: Sequence[str] | None) -> Request:
         raise ConfigError(f"{' and '.join(files)}: expected one settings file")
     if not sources:
         raise ConfigError("no video is given: name video files or folders of videos")
+    if (options.workers or 0) < 0:
+        raise ConfigError(f"--workers is {options.workers}, expected 0 or more")
     for source in sources:
         if not source.exists():
             raise ConfigError(f"{source}: no such file or folder")

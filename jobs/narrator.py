@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 CHUNKS_AHEAD = 8
 TEXT_SUFFIXES = (".srt", ".vtt", ".jsonl")
 VIDEO_SUFFIX = ".subtitled.mp4"
+UNTRAINED_TOKENS = 8  # an untrained model speaks at nearly every frame, and words without meaning take as long
 BAR = "{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s of video in {elapsed}{postfix}"
 
 
@@ -71,6 +72,8 @@ class Narrator:
         self.questions = questions
         self.burns = burns
         self.session = config.section("session", SessionSettings)
+        if config.model.checkpoint is None and "max_response_tokens" not in self.session.model_fields_set:
+            self.session = self.session.model_copy(update={"max_response_tokens": UNTRAINED_TOKENS})
         self.encoding = config.section("encoder", EncoderConfig)
         engine = config.section("engine", EngineConfig)
         self.threads = engine.threads

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from actors.config import ConfigError, ModelConfig
+from actors.config import Config, ConfigError, ModelConfig
 from jobs.annotations import read_srt, read_webvtt
 from jobs.narrate import INSTRUCTION, find_tasks, main, question_of, read_request
+from jobs.narrator import UNTRAINED_TOKENS, Narrator
 from jobs.replay import Question
 
 
@@ -103,6 +104,16 @@ def test_a_model_without_training_says_so(
     assert "no trained checkpoint is set (model.checkpoint): what is said means nothing" in capsys.readouterr().out
 
 
+def test_a_model_without_training_is_brief_unless_told_otherwise(
+    tiny_configs: dict[str, ModelConfig],
+) -> None:
+    model = tiny_configs["live1plus"].model_copy(update={"checkpoint": None}).model_dump()
+    sections: dict = {"model": model, "engine": {"untrained": True, "kv_memory_gb": 0.05}}
+    assert Narrator(Config(sections), []).session.max_response_tokens == UNTRAINED_TOKENS
+    sections["session"] = {"max_response_tokens": 50}
+    assert Narrator(Config(sections), []).session.max_response_tokens == 50
+
+
 def test_ctrl_c_ends_with_130(
     narrate: Callable[..., int], sample_video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,6 +134,7 @@ def test_ctrl_c_ends_with_130(
         ([__file__, "session.thresold=1"], "unknown key 'session.thresold'"),
         ([__file__, "other.yaml", "--question", "x@-1"], "expected one settings file"),
         ([__file__, "--question", "x@-1"], "expected seconds from 0 on"),
+        ([__file__, "--workers", "-1"], "--workers is -1, expected 0 or more"),
     ],
 )
 def test_a_mistake_on_the_command_line_ends_in_one_line(
@@ -218,6 +230,13 @@ def test_actors_of_a_cluster_share_the_videos(
 
 @pytest.mark.slow
 def test_the_embedded_default_narrates_a_sample(sample_video: Path, tmp_path: Path) -> None:
-    arguments = [str(sample_video), "session.max_response_tokens=2", "session.fps=0.5", "--burn"]
+    arguments = [str(sample_video), "session.max_response_tokens=2", "session.fps=0.25", "--burn"]
     assert main([*arguments, "--output", str(tmp_path)]) == 0
-    assert len(list(tmp_path.iterdir())) == 4
+    suffixes = (".jsonl", ".srt", ".subtitled.mp4", ".vtt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{sample_video.stem}{suffix}" for suffix in suffixes]
+    assert rows_of(tmp_path / f"{sample_video.stem}.jsonl")[0] == {
+        "video": sample_video.name,
+        "time": 0.0,
+        "role": "user",
+        "text": INSTRUCTION,
+    }
