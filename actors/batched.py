@@ -11,9 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from actors.attention import ATTENTION, Ragged, Span
 from actors.dialogue import Template
 from actors.engine import EngineConfig, NoCapacity, StepResult
-from actors.kv import ATTENTION, KVMemory, Ragged, Region, Span
+from actors.kv import KVMemory, Region
 from actors.lean import LeanDecoder
 from actors.messages import LogEntry, SessionSettings
 from actors.model import VideoLLM
@@ -40,7 +41,7 @@ class BatchedEngine:
         self.scheduler = Scheduler(config.token_budget, config.speculate)
         self.memory = KVMemory(llm.config, self._affordable_positions(), llm.dtype, model.device)
         self._regions: dict[str, Region] = {}
-        self._groups = llm.config.num_attention_heads // self.memory.keys[0].shape[1]
+        self._groups = llm.config.num_attention_heads // self.memory.kv_heads
         self._no_mask = torch.empty(1, 1, 1, 1, device=model.device)
         _refuse_sliding_windows(llm.config, self.limits.capacity)
         llm.set_attn_implementation(ATTENTION)

@@ -1,31 +1,21 @@
-"""KV memory: one preallocated pool for all sessions, and attention of a ragged batch over it.
+"""KV memory: one preallocated pool for all sessions.
 
-The pool is a flat run of positions per layer, token-major (P, kv heads, head width). A session
-reserves one contiguous region, large enough for its longest context, when it is admitted: what
-was admitted can never run out of memory, and attention reads a view, without gathering. Nothing
-is concatenated or reallocated; rolling back is forgetting a length.
+A session reserves one contiguous region of positions, large enough for its longest context, when it
+is admitted: what was admitted can never run out of memory, and attention reads a view, without
+gathering. Nothing is concatenated or reallocated; rolling back is forgetting a length.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
-from transformers.masking_utils import sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from torch import Tensor
+from transformers import PretrainedConfig
 
 from actors.engine import NoCapacity
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:
-    varlen_attn = None
-
 PAGE = 256
-ATTENTION = "live"
 
 
 @dataclass(frozen=True)
@@ -37,16 +27,40 @@ class Region:
 
 
 class KVMemory:
-    """`positions` positions for every layer of `config`'s model, in `dtype` on `device`."""
+    """`positions` positions for every layer of `config`'s model, in `dtype` on `device`.
+
+    Keys and values of a layer are token-major (P, kv heads, width), as paged attention wants them. In
+    float32 on a CPU they are head-major, keys transposed: (kv heads, width, P) and (kv heads, P, width),
+    which makes attention of short pieces two plain matrix products.
+    """
 
     def __init__(self, config: PretrainedConfig, positions: int, dtype: torch.dtype, device: torch.device) -> None:
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (max(positions // PAGE, 1) * PAGE, heads, width)
-        self.positions = shape[0]
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.kv_heads = heads
+        self.positions = max(positions // PAGE, 1) * PAGE
+        self.head_major = device.type == "cpu" and dtype == torch.float32
+        token_major = (self.positions, heads, width)
+        key_shape = (heads, width, self.positions) if self.head_major else token_major
+        value_shape = (heads, self.positions, width) if self.head_major else token_major
+        layers = range(config.num_hidden_layers)
+        self.keys = [torch.zeros(key_shape, dtype=dtype, device=device) for _ in layers]
+        self.values = [torch.zeros(value_shape, dtype=dtype, device=device) for _ in layers]
+        self._scratch: Tensor | None = None
         self._free = [Region(0, self.positions)]
+
+    def of(self, layer: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Keys and values at positions [start, stop) of the pool, as views (kv heads, L, width)."""
+        if self.head_major:
+            return self.keys[layer][:, :, start:stop].transpose(1, 2), self.values[layer][:, start:stop]
+        return self.keys[layer][start:stop].transpose(0, 1), self.values[layer][start:stop].transpose(0, 1)
+
+    def scratch(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Two buffers of `rows` numbers per KV head, kept and grown."""
+        needed = rows * self.keys[0].shape[0]
+        if self._scratch is None or self._scratch.shape[1] < needed:
+            self._scratch = self.keys[0].new_empty(2, needed)
+        return self._scratch[0], self._scratch[1]
 
     @staticmethod
     def bytes_per_position(config: PretrainedConfig, dtype: torch.dtype) -> int:
@@ -88,134 +102,3 @@ class KVMemory:
             else:
                 merged.append(free)
         self._free = merged
-
-
-@dataclass(frozen=True)
-class Span:
-    """New positions [first, last) of the batch, behind `past` ones of the region at `start`."""
-
-    first: int
-    last: int
-    start: int
-    past: int
-
-    @property
-    def length(self) -> int:
-        return self.last - self.first
-
-
-@dataclass
-class Ragged:
-    """One forward's layout: where each new position is stored, and what it may see."""
-
-    memory: KVMemory
-    spans: list[Span]
-    slots: Tensor
-    masks: dict[int, Tensor] = field(default_factory=dict)
-    paged: tuple[Tensor, Tensor, Tensor, int, int] | None = None
-
-    @classmethod
-    def of(cls, memory: KVMemory, spans: list[Span], groups: int) -> Ragged:
-        """`groups` is query heads per KV head. Masks are made once for all layers."""
-        device, dtype = memory.keys[0].device, memory.keys[0].dtype
-        slots = torch.cat([torch.arange(s.start + s.past, s.start + s.past + s.length) for s in spans])
-        ragged = cls(memory, spans, slots.to(device))
-        if device.type == "cuda" and varlen_attn is not None and dtype != torch.float32:
-            ragged.paged = _page_table(memory, spans)
-            return ragged
-        for index, span in enumerate(spans):
-            if span.length > 1:
-                # Added to scores: SDPA would turn a boolean mask into this one again in every layer.
-                hidden = torch.full((span.length, span.past + span.length), -torch.inf, dtype=dtype, device=device)
-                ragged.masks[index] = hidden.triu(span.past + 1).repeat(groups, 1)
-        return ragged
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """Attention of new positions over each session's region: query (T, heads, width) -> the same shape.
-
-        Stores keys and values (T, kv heads, width) first.
-        """
-        keys, values = self.memory.keys[layer], self.memory.values[layer]
-        keys.index_copy_(0, self.slots, key.to(keys.dtype))
-        values.index_copy_(0, self.slots, value.to(values.dtype))
-        if self.paged is not None:
-            return _paged_attention(query, keys, values, self.paged, scaling)
-        return _sdpa_by_session(query, keys, values, self, scaling)
-
-
-def ragged_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float,
-    ragged: Ragged | None = None,
-    **options: object,
-) -> tuple[Tensor, Tensor | None]:
-    """`Ragged.attend` as Hugging Face modules call it: query (1, heads, T, width) -> (1, T, heads, width).
-
-    Without `ragged` it is plain SDPA, so that one set of weights serves both backends.
-    """
-    if ragged is None:
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **options)
-    rows, new_keys, new_values = (states[0].transpose(0, 1) for states in (query, key, value))
-    return ragged.attend(module.layer_idx, rows, new_keys, new_values, scaling).unsqueeze(0), None
-
-
-def _sdpa_by_session(query: Tensor, keys: Tensor, values: Tensor, ragged: Ragged, scaling: float) -> Tensor:
-    """SDPA per session; the query heads of one KV head are laid side by side as more rows."""
-    kv_heads, width = keys.shape[1:]
-    groups = query.shape[1] // kv_heads
-    output = query.new_empty(query.shape)
-    for index, span in enumerate(ragged.spans):
-        stop = span.start + span.past + span.length
-        rows = query[span.first : span.last].transpose(0, 1).reshape(1, kv_heads, groups * span.length, width)
-        attended = F.scaled_dot_product_attention(
-            rows,
-            keys[span.start : stop].transpose(0, 1).unsqueeze(0),
-            values[span.start : stop].transpose(0, 1).unsqueeze(0),
-            attn_mask=ragged.masks.get(index),
-            scale=scaling,
-        )
-        output[span.first : span.last] = attended.view(-1, span.length, width).transpose(0, 1)
-    return output
-
-
-def _page_table(memory: KVMemory, spans: list[Span]) -> tuple[Tensor, Tensor, Tensor, int, int]:
-    """Cumulated query lengths, used KV lengths, pages of each session, and the longest of both."""
-    device = memory.keys[0].device
-    ends = torch.tensor([0, *(span.last for span in spans)], dtype=torch.int32, device=device)
-    lengths = [span.past + span.length for span in spans]
-    longest = max(lengths)
-    pages = torch.arange(-(-longest // PAGE), dtype=torch.int32)
-    table = torch.stack([span.start // PAGE + pages for span in spans]).clamp(max=memory.positions // PAGE - 1)
-    used = torch.tensor(lengths, dtype=torch.int32, device=device)
-    return ends, used, table.to(device), max(span.length for span in spans), longest
-
-
-def _paged_attention(
-    query: Tensor, keys: Tensor, values: Tensor, paged: tuple[Tensor, Tensor, Tensor, int, int], scaling: float
-) -> Tensor:
-    ends, used, table, longest_query, longest = paged
-    pages = (-1, PAGE, *keys.shape[1:])
-    attended: Tensor = varlen_attn(
-        query.contiguous(),
-        keys.view(pages),
-        values.view(pages),
-        ends,
-        None,
-        longest_query,
-        longest,
-        scale=scaling,
-        window_size=(-1, 0),
-        enable_gqa=True,
-        seqused_k=used,
-        block_table=table,
-    )
-    return attended
-
-
-AttentionInterface.register(ATTENTION, ragged_attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from actors.kv import Ragged
+from actors.attention import Ragged
 
 FAMILY = {"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"}
-ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
-MLP_INPUTS = ("gate_proj", "up_proj")
+ATTENTION_INPUTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+ATTENTION_OUTPUT = ("self_attn.o_proj",)
+MLP_INPUTS = ("mlp.gate_proj", "mlp.up_proj")
+MLP_OUTPUT = ("mlp.down_proj",)
 
 
 @dataclass
@@ -31,8 +33,9 @@ class Projection:
     bias: Tensor | None
 
     @classmethod
-    def fuse(cls, linears: list[nn.Linear]) -> Projection:
-        """The linears side by side; their weights become views of the result."""
+    def fuse(cls, layer: nn.Module, names: tuple[str, ...]) -> Projection:
+        """The named linears of a decoder layer side by side; their weights become views of the result."""
+        linears = [part for name in names if isinstance(part := layer.get_submodule(name), nn.Linear)]
         fused = torch.cat([linear.weight.detach().t() for linear in linears], dim=1)
         biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
         first = 0
@@ -51,7 +54,7 @@ class Projection:
 
 @dataclass
 class Layer:
-    """One decoder layer. `head_norm` (query and key heads, 1, width) where heads are normalised (Qwen3)."""
+    """One decoder layer. `head_norm` (query and key heads, width) where heads are normalised (Qwen3)."""
 
     input_norm: Tensor
     attention_inputs: Projection
@@ -81,14 +84,9 @@ class LeanDecoder:
         decoder = llm.get_decoder()
         if type(decoder).__name__ not in FAMILY or llm.config.hidden_act not in ("silu", "swish"):
             return None
-        plain = all(
-            type(part) is nn.Linear and part.weight.is_floating_point() and not part.weight.requires_grad
-            for layer in decoder.layers
-            for part in [
-                *(getattr(layer.self_attn, name) for name in (*ATTENTION_INPUTS, "o_proj")),
-                *(getattr(layer.mlp, name) for name in (*MLP_INPUTS, "down_proj")),
-            ]
-        )
+        names = (*ATTENTION_INPUTS, *ATTENTION_OUTPUT, *MLP_INPUTS, *MLP_OUTPUT)
+        parts = [layer.get_submodule(name) for layer in decoder.layers for name in names]
+        plain = all(type(part) is nn.Linear and not part.weight.requires_grad for part in parts)
         one_place = len({(p.device, p.dtype) for p in decoder.parameters()}) == 1
         return cls(llm) if plain and one_place else None
 
@@ -123,17 +121,16 @@ class LeanDecoder:
         return F.rms_norm(rows, weight.shape, weight, self.epsilon)
 
     def _fuse(self, layer: nn.Module) -> Layer:
-        attention, mlp = layer.self_attn, layer.mlp
         head_norm = None
-        if hasattr(attention, "q_norm"):
-            weights = [attention.q_norm.weight] * self.heads + [attention.k_norm.weight] * self.kv_heads
-            head_norm = torch.stack(weights).detach()
+        if hasattr(layer.self_attn, "q_norm"):
+            query, key = (layer.get_parameter(f"self_attn.{name}.weight").detach() for name in ("q_norm", "k_norm"))
+            head_norm = torch.stack([query] * self.heads + [key] * self.kv_heads)
         return Layer(
-            input_norm=layer.input_layernorm.weight.detach(),
-            attention_inputs=Projection.fuse([getattr(attention, name) for name in ATTENTION_INPUTS]),
+            input_norm=layer.get_parameter("input_layernorm.weight").detach(),
+            attention_inputs=Projection.fuse(layer, ATTENTION_INPUTS),
             head_norm=head_norm,
-            attention_output=Projection.fuse([attention.o_proj]),
-            mlp_norm=layer.post_attention_layernorm.weight.detach(),
-            mlp_inputs=Projection.fuse([getattr(mlp, name) for name in MLP_INPUTS]),
-            mlp_output=Projection.fuse([mlp.down_proj]),
+            attention_output=Projection.fuse(layer, ATTENTION_OUTPUT),
+            mlp_norm=layer.get_parameter("post_attention_layernorm.weight").detach(),
+            mlp_inputs=Projection.fuse(layer, MLP_INPUTS),
+            mlp_output=Projection.fuse(layer, MLP_OUTPUT),
         )

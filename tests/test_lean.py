@@ -17,7 +17,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from actors.kv import KVMemory, Ragged, Span
+from actors.attention import Ragged, Span
+from actors.kv import KVMemory
 from actors.lean import LeanDecoder
 
 SIZES = {

@@ -1,0 +1,196 @@
+"""Attention of a ragged batch: pieces of many sessions, each over its own region of the KV memory.
+
+One layout is made per forward and serves all layers. How it is computed depends on where it runs: paged
+attention on CUDA where torch has it; on a CPU in float32 two matrix products per block of positions; SDPA
+per session otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from actors.kv import PAGE, KVMemory
+
+try:
+    from torch.nn.attention import varlen
+except ImportError:
+    varlen = None  # type: ignore[assignment]
+
+ATTENTION = "live"
+BLOCK = 32  # positions whose scores are computed together: their rows stay in the CPU's cache
+
+
+@dataclass(frozen=True)
+class Span:
+    """New positions [first, last) of the batch, behind `past` ones of the region at `start`."""
+
+    first: int
+    last: int
+    start: int
+    past: int
+
+    @property
+    def length(self) -> int:
+        return self.last - self.first
+
+
+@dataclass
+class Ragged:
+    """One forward's layout: where each new position is stored, and what it may see."""
+
+    memory: KVMemory
+    spans: list[Span]
+    slots: Tensor
+    masks: dict[int, Tensor] = field(default_factory=dict)
+    paged: tuple[Tensor, Tensor, Tensor, int, int] | None = None
+    scratch: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def of(cls, memory: KVMemory, spans: list[Span], groups: int) -> Ragged:
+        """`groups` is query heads per KV head. Masks are made once for all layers."""
+        device, dtype = memory.keys[0].device, memory.keys[0].dtype
+        slots = torch.cat([torch.arange(s.start + s.past, s.start + s.past + s.length) for s in spans])
+        ragged = cls(memory, spans, slots.to(device))
+        if memory.head_major:
+            ragged.scratch = memory.scratch(groups * BLOCK * max(span.past + span.length for span in spans))
+            for length in {min(BLOCK, span.length) for span in spans} | {span.length % BLOCK for span in spans}:
+                ragged.masks[length] = _later(length, 0, groups, dtype, device)
+        elif device.type == "cuda" and varlen is not None and dtype != torch.float32:
+            ragged.paged = _page_table(memory, spans)
+        else:
+            for index, span in enumerate(spans):
+                if span.length > 1:
+                    ragged.masks[index] = _later(span.length, span.past, groups, dtype, device)
+        return ragged
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """Attention of new positions over each session's region: query (T, heads, width) -> the same shape.
+
+        Stores keys and values (T, kv heads, width) first.
+        """
+        if self.memory.head_major:
+            return _attend_by_block(self, layer, query * scaling, key, value)
+        keys, values = self.memory.keys[layer], self.memory.values[layer]
+        keys.index_copy_(0, self.slots, key.to(keys.dtype))
+        values.index_copy_(0, self.slots, value.to(values.dtype))
+        if self.paged is not None:
+            return _attend_by_page(query, keys, values, self.paged, scaling)
+        return _attend_by_session(self, layer, query, scaling)
+
+
+def ragged_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    ragged: Ragged | None = None,
+    **options: object,
+) -> tuple[Tensor, Tensor | None]:
+    """`Ragged.attend` as Hugging Face modules call it: query (1, heads, T, width) -> (1, T, heads, width).
+
+    Without `ragged` it is plain SDPA, so that one set of weights serves both backends.
+    """
+    if ragged is None:
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **options)
+    rows, new_keys, new_values = (states[0].transpose(0, 1) for states in (query, key, value))
+    layer = module.layer_idx
+    assert isinstance(layer, int)
+    return ragged.attend(layer, rows, new_keys, new_values, scaling).unsqueeze(0), None
+
+
+def _later(length: int, past: int, groups: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """-inf where a key (past + length) is later than the query (groups x length), to be added to scores."""
+    later = torch.full((length, past + length), -torch.inf, dtype=dtype, device=device).triu(past + 1)
+    return later.repeat(groups, 1)
+
+
+def _attend_by_block(ragged: Ragged, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Scores, softmax, values, for BLOCK positions at a time; query heads of one KV head are more rows of it.
+
+    Scores live in memory that is kept: allocating them anew would cost more than the products.
+    """
+    kv_heads, width = key.shape[1:]
+    groups = query.shape[1] // kv_heads
+    output = torch.empty_like(query)
+    assert ragged.scratch is not None
+    for span in ragged.spans:
+        begin = span.start + span.past
+        keys, values = ragged.memory.of(layer, begin, begin + span.length)
+        keys.copy_(key[span.first : span.last].transpose(0, 1))
+        values.copy_(value[span.first : span.last].transpose(0, 1))
+        for first in range(span.first, span.last, BLOCK):
+            last = min(first + BLOCK, span.last)
+            length, seen = last - first, span.past + last - span.first
+            keys, values = ragged.memory.of(layer, span.start, span.start + seen)
+            shape = (kv_heads, groups * length, seen)
+            scores, weights = (part[: shape[0] * shape[1] * seen].view(shape) for part in ragged.scratch)
+            rows = query[first:last].transpose(0, 1).reshape(kv_heads, groups * length, width)
+            torch.bmm(rows, keys.transpose(1, 2), out=scores)
+            if length > 1:
+                scores[:, :, seen - length :] += ragged.masks[length]
+            torch.softmax(scores, -1, out=weights)
+            output[first:last] = torch.bmm(weights, values).view(-1, length, width).transpose(0, 1)
+    return output
+
+
+def _attend_by_session(ragged: Ragged, layer: int, query: Tensor, scaling: float) -> Tensor:
+    """SDPA per session; the query heads of one KV head are laid side by side as more rows."""
+    output = torch.empty_like(query)
+    for index, span in enumerate(ragged.spans):
+        keys, values = ragged.memory.of(layer, span.start, span.start + span.past + span.length)
+        kv_heads, _, width = keys.shape
+        rows = query[span.first : span.last].transpose(0, 1).reshape(1, kv_heads, -1, width)
+        attended = F.scaled_dot_product_attention(
+            rows, keys.unsqueeze(0), values.unsqueeze(0), attn_mask=ragged.masks.get(index), scale=scaling
+        )
+        output[span.first : span.last] = attended.view(-1, span.length, width).transpose(0, 1)
+    return output
+
+
+def _page_table(memory: KVMemory, spans: list[Span]) -> tuple[Tensor, Tensor, Tensor, int, int]:
+    """Cumulated query lengths, used KV lengths, pages of each session, and the longest of both."""
+    device = memory.keys[0].device
+    ends = torch.tensor([0, *(span.last for span in spans)], dtype=torch.int32, device=device)
+    lengths = [span.past + span.length for span in spans]
+    longest = max(lengths)
+    pages = torch.arange(-(-longest // PAGE), dtype=torch.int32)
+    table = torch.stack([span.start // PAGE + pages for span in spans]).clamp(max=memory.positions // PAGE - 1)
+    used = torch.tensor(lengths, dtype=torch.int32, device=device)
+    return ends, used, table.to(device), max(span.length for span in spans), longest
+
+
+def _attend_by_page(
+    query: Tensor, keys: Tensor, values: Tensor, paged: tuple[Tensor, Tensor, Tensor, int, int], scaling: float
+) -> Tensor:
+    ends, used, table, longest_query, longest = paged
+    pages = (-1, PAGE, *keys.shape[1:])
+    attended = varlen.varlen_attn(
+        query.contiguous(),
+        keys.view(pages),
+        values.view(pages),
+        ends,
+        None,
+        longest_query,
+        longest,
+        scale=scaling,
+        window_size=(-1, 0),
+        enable_gqa=True,
+        seqused_k=used,
+        block_table=table,
+    )
+    assert isinstance(attended, Tensor)
+    return attended
+
+
+AttentionInterface.register(ATTENTION, ragged_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
