@@ -42,8 +42,12 @@ class Stepper:
 
     async def run(self) -> None:
         """Step until `stop`; what is posted afterwards runs at once. Raises what the engine raised."""
+        ended: Future[None] = Future()
+        ended.set_running_or_notify_cancel()
+        # A daemon: a replica whose Ray node has died exits, and must not wait for a thread that waits for work.
+        threading.Thread(target=self._step, args=(ended,), name="steps", daemon=True).start()
         try:
-            await asyncio.to_thread(self._step_until_stopped)
+            await asyncio.wrap_future(ended)
         finally:
             self._ended = True
             self._take(wait=False)
@@ -71,6 +75,14 @@ class Stepper:
 
         self._inbox.put(run)
         return await asyncio.wrap_future(future)
+
+    def _step(self, ended: Future[None]) -> None:
+        try:
+            self._step_until_stopped()
+        except BaseException as error:
+            ended.set_exception(error)
+        else:
+            ended.set_result(None)
 
     def _step_until_stopped(self) -> None:
         idle = False
