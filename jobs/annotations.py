@@ -88,6 +88,7 @@ class DatasetConfig(Section):
         "ego4d_narration_stream",
         "ego4d_refined_narration",
         "chat",
+        "generated_chat",
         "nlq",
         "lta",
         "lta_test",

@@ -1,7 +1,7 @@
 """Chats: timed messages of a user and an assistant, as streaming dialogues.
 
 A chat is found in the reference's `goalstep_livechat_trainval_filtered_21k.json`, the published
-Ego4D-GoalStep dialogues, or comes from `jobs.livechat`. The user's first question follows some
+Ego4D-GoalStep dialogues, or in files of one generated conversation each. The user's first question follows some
 frames of waiting; an answer with the time of its question follows at once; whatever else the
 assistant says follows the first frame at or after its time. VideoLLM-online, section 3.3.
 """
@@ -16,7 +16,7 @@ from typing import Literal
 from pydantic import Field, TypeAdapter
 
 from actors.turns import Assistant, Stream, Turn, User
-from jobs.annotations import Moment, VideoAnnotation
+from jobs.annotations import AnnotationError, Moment, VideoAnnotation
 from jobs.clock import Extent
 from jobs.dataset_files import PUBLISHED, Entry, read_json
 from jobs.scenes import Scene
@@ -44,14 +44,28 @@ def read_chats(folder: Path) -> Iterator[VideoAnnotation]:
     """A row a conversation, its messages in the order of the file."""
     path = folder / FILE
     for number, chat in enumerate(read_json(path, TypeAdapter(list[Chat]), PUBLISHED)):
-        yield VideoAnnotation(
-            video_id=chat.video_uid,
-            video="",
-            moments=tuple(Moment(time=m.time, text=m.content, role=m.role) for m in chat.conversation),
-            source=str(path),
-            kind="chat",
-            part=str(number),
-        )
+        yield _row(chat, path, "chat", str(number))
+
+
+def read_generated_chats(folder: Path) -> Iterator[VideoAnnotation]:
+    """A row for every file of one conversation; which of them are of use is decided by jobs/livechat.py."""
+    paths = sorted(folder.glob("*.json"))
+    if not paths:
+        raise AnnotationError(f"{folder} holds no .json file, expected one for each generated conversation")
+    for path in paths:
+        chat = read_json(path, TypeAdapter(Chat), "generate it again")
+        yield _row(chat, path, "generated_chat", path.stem)
+
+
+def _row(chat: Chat, path: Path, kind: str, part: str) -> VideoAnnotation:
+    return VideoAnnotation(
+        video_id=chat.video_uid,
+        video="",
+        moments=tuple(Moment(time=m.time, text=m.content, role=m.role) for m in chat.conversation),
+        source=str(path),
+        kind=kind,
+        part=part,
+    )
 
 
 def scenes(row: VideoAnnotation, video: Extent, rng: random.Random) -> Iterator[Scene]:

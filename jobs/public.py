@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from jobs.annotations import AnnotationError, DatasetConfig, VideoAnnotation
 from jobs.captions import read_captions
-from jobs.chat import read_chats
+from jobs.chat import read_chats, read_generated_chats
 from jobs.coin import KINDS, read_coin
 from jobs.dataset_files import find_video
 from jobs.ego4d import read_narration_streams, read_narrations, read_refined_narrations
@@ -31,6 +31,7 @@ READERS: Mapping[str, Reader] = {
     "ego4d_narration_stream": read_narration_streams,
     "ego4d_refined_narration": read_refined_narrations,
     "chat": read_chats,
+    "generated_chat": read_generated_chats,
     "nlq": read_nlq,
     "lta": read_lta,
     "lta_test": read_lta_test,

@@ -17,6 +17,7 @@ from jobs.annotations import VideoAnnotation
 from jobs.augmentation import augment
 from jobs.clock import Extent
 from jobs.dialogues import DataConfig, Dialogue, Narration, narrate
+from jobs.livechat import unfit
 from jobs.scenes import Scene, clip
 
 NARRATIONS = ("narration", "ego4d_narration", "ego4d_refined_narration")
@@ -30,6 +31,7 @@ def _drawless(scenes: Callable[[VideoAnnotation, Extent], Iterator[Scene]]) -> S
 
 SCENES: Mapping[str, Scenes] = {
     "chat": chat.scenes,
+    "generated_chat": chat.scenes,
     "nlq": nlq.scenes,
     "lta": _drawless(lta.scenes),
     "robustness": _drawless(robustness.scenes),
@@ -67,6 +69,9 @@ def _of_scenes(
     row: VideoAnnotation, video: Extent, config: DataConfig, system_prompt: str, split: str, copy: int
 ) -> Narration:
     made = Narration()
+    if row.kind == "generated_chat" and (reason := unfit(row.moments)):
+        made.dropped[f"chat {reason}"] += 1
+        return made
     name = "-".join(filter(None, [row.video_id, row.kind, row.part]))
     rng = random.Random(f"{config.seed} {name} {copy}")
     for number, scene in enumerate(SCENES[row.kind](row, video, rng)):

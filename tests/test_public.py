@@ -43,7 +43,7 @@ def settings(out: Path, public: dict[str, dict[str, object]], **data: object) ->
 def test_every_format_of_the_settings_has_a_reader_and_every_row_a_task(datasets: Path) -> None:
     formats = get_args(DatasetConfig.model_fields["format"].annotation)
     assert set(formats) == set(READERS)
-    for form in set(formats) - {"captions", "ego4d_narration_stream"}:
+    for form in set(formats) - {"captions", "ego4d_narration_stream", "generated_chat"}:
         config = DatasetConfig.model_validate(dataset(datasets, form))
         rows = list(read_dataset("name", config))
         assert rows
@@ -97,6 +97,27 @@ def test_the_frames_of_a_dialogue_are_those_it_counts(datasets: Path, tmp_path: 
         assert shown.tolist() == list(range(*dialogue.frames))
         assert sample.rendered.num_frames == len(sample.frames)
         assert sample.num_labels > 0
+
+
+def test_generated_chats_are_judged_and_those_of_no_use_counted(tmp_path: Path) -> None:
+    def write(name: str, seconds: float, answer: str) -> None:
+        messages = [("user", 2, "What now?"), ("assistant", 2, answer), ("assistant", 2 + seconds, "Done.")]
+        conversation = [{"role": role, "time": time, "content": text} for role, time, text in messages]
+        (tmp_path / f"{name}.json").write_text(json.dumps({"video_uid": "v", "conversation": conversation}))
+
+    write("good", 70, "Cut the onion.")
+    write("short", 10, "Cut the onion.")
+    write("timed", 70, "Cut it until 12.5s.")
+    config = DatasetConfig(format="generated_chat", path=str(tmp_path), videos=str(tmp_path))
+    made = {
+        row.part: dialogues_of(row, Extent(400, 2, 199.5), DataConfig(), "Be brief.")
+        for row in read_dataset("chats", config)
+    }
+    assert [len(made[part].dialogues) for part in ("good", "short", "timed")] == [1, 0, 0]
+    assert [dict(made[part].dropped) for part in ("short", "timed")] == [
+        {"chat lasts less than 60 s": 1},
+        {"chat tells a time": 1},
+    ]
 
 
 def test_missing_files_and_folders_are_named_with_the_setting(datasets: Path, tmp_path: Path) -> None:
