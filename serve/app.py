@@ -52,10 +52,14 @@ class StartError(RuntimeError):
     """The application cannot start; says what to change."""
 
 
-def build(args: AppArgs) -> Application:
-    """The application for `serve run` and `serve deploy`; Redis is the address given or one of its own."""
-    path = Path(args.config)
-    config = load_config(path if path.is_file() else REPOSITORY / path, args.overrides)
+def build(args: dict[str, object]) -> Application:
+    """The application for `serve run` and `serve deploy`; Redis is the address given or one of its own.
+
+    `args` are those of AppArgs. Raises ValueError (ConfigError, pydantic's ValidationError) for wrong settings.
+    """
+    given = AppArgs.model_validate(args)
+    path = Path(given.config)
+    config = load_config(path if path.is_file() else REPOSITORY / path, given.overrides)
     return assemble(config, redis_url(config))
 
 

@@ -15,6 +15,7 @@ import logging
 import os
 from typing import Protocol, cast
 
+import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -74,10 +75,11 @@ class EncoderReplica(WorkerReplica):
     """Frames to frame tokens, batched across sessions."""
 
     async def __init__(self, config: Config, redis: RedisAddress) -> None:  # type: ignore[misc]  # Serve awaits it
+        name = prepare_replica()
         from actors.encoder import build_encoder_worker
 
         bus = await connect(config, redis)
-        worker = await asyncio.to_thread(build_encoder_worker, config, bus, replica_name())
+        worker = await asyncio.to_thread(build_encoder_worker, config, bus, name)
         self.start(worker, bus)
 
 
@@ -85,10 +87,11 @@ class LLMReplica(WorkerReplica):
     """Sessions held by lease: decisions and responses."""
 
     async def __init__(self, config: Config, redis: RedisAddress) -> None:  # type: ignore[misc]  # Serve awaits it
+        name = prepare_replica()
         from actors.llm import build_llm_worker
 
         bus = await connect(config, redis)
-        worker = await asyncio.to_thread(build_llm_worker, config, bus, replica_name())
+        worker = await asyncio.to_thread(build_llm_worker, config, bus, name)
         self.fingerprint_value = worker.fingerprint
         self.start(worker, bus)
 
@@ -108,7 +111,7 @@ class GatewayReplica:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config: Config, redis: RedisAddress, encoder: DeploymentHandle, llm: DeploymentHandle
     ) -> None:
-        configure_logging()
+        prepare_replica()
         self._model = config.model
         self._bus = await connect(config, redis)
         self._gateway = Gateway(
@@ -130,6 +133,7 @@ class RedisReplica:
     """The embedded Redis server of an application that was started without an address for one."""
 
     def __init__(self) -> None:
+        prepare_replica()
         self._server = RedisServer()
         self._url = self._server.start()
 
@@ -155,15 +159,28 @@ async def connect(config: Config, redis: RedisAddress) -> Bus:
     return await Bus.connect(config.section("bus", BusConfig), url)
 
 
-def configure_logging() -> None:
-    """Replicas are programs of their own: their loggers write to Ray's log of the worker."""
+def prepare_replica() -> str:
+    """To be done first in every replica's process; the replica's name, as it is told in leases."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-
-
-def replica_name() -> str:
-    """Name of this replica on the bus: unique, and told in leases."""
-    configure_logging()
+    _listen_on_node_address()
     return serve.get_replica_context().replica_id.unique_id
+
+
+def _listen_on_node_address() -> None:
+    """Keep Serve's port between replicas, which unpickles what it gets, off the machine's other interfaces.
+
+    Ray 2.60 binds it to all of them, even on a node that advertises the loopback address only.
+    """
+    from ray.serve._private import replica
+
+    add_port, host = replica.add_port_to_grpc_server, ray.util.get_node_ip_address()  # type: ignore[attr-defined]
+    everywhere, here = "[::]:", f"[{host}]:" if ":" in host else f"{host}:"
+
+    def add_port_here(server: object, address: str) -> int:
+        bound: int = add_port(server, address.replace(everywhere, here))
+        return bound
+
+    replica.add_port_to_grpc_server = add_port_here  # type: ignore[attr-defined]
 
 
 async def _stats(handle: DeploymentHandle) -> dict[str, object]:

@@ -7,11 +7,11 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
 from pathlib import Path
 
 import pytest
 import yaml
+from processes import Marked
 
 from actors.config import ModelConfig
 from serve.demo import Screen, report
@@ -19,32 +19,19 @@ from serve.server_events import SessionEnded, Statistics
 from serve.timeline import Span, overlapping
 
 START_S = 150
-MARK = "VIDEOLLM_TEST_RUN"
-
-
-def marked(mark: str) -> list[str]:
-    """Processes that descend from a program that was started with `mark` in its environment: name and id."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes():
-                found.append(f"{(folder / 'comm').read_text().strip()} {folder.name}")
-        except OSError:
-            continue
-    return found
 
 
 class Demo:
     """A running demo and everything it started."""
 
     def __init__(self, *arguments: str) -> None:
-        self.mark = uuid.uuid4().hex
+        self.marked = Marked()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "serve.demo", *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, MARK: self.mark},
+            env={**os.environ, **self.marked.environment},
             start_new_session=True,
         )
         self.lines: list[str] = []
@@ -66,7 +53,7 @@ class Demo:
     def left_behind(self) -> list[str]:
         """Processes that are still there when they have had some seconds to go."""
         deadline = time.monotonic() + 20
-        while (left := marked(self.mark)) and time.monotonic() < deadline:
+        while (left := self.marked.names()) and time.monotonic() < deadline:
             time.sleep(0.1)
         return left
 
@@ -107,7 +94,7 @@ def test_a_demo_that_is_stopped_leaves_nothing_behind(
     demo.until(moment)
     if moment == "starting":
         deadline = time.monotonic() + START_S
-        while len(marked(demo.mark)) < processes and time.monotonic() < deadline:
+        while len(demo.marked.names()) < processes and time.monotonic() < deadline:
             time.sleep(0.05)
     demo.process.send_signal(number)
     assert demo.wait() == status, "".join(demo.lines)

@@ -20,6 +20,7 @@ import pytest
 import torch
 import yaml
 from live_client import LiveClient, live, post_video
+from processes import Marked
 from redis.asyncio import Redis
 
 from actors.bus import Bus, BusConfig
@@ -45,6 +46,7 @@ class Server:
     url: str
     redis_url: str
     bus: BusConfig
+    marked: Marked
 
 
 def start(config: Path, **environment: str) -> tuple[subprocess.Popen[str], str]:
@@ -81,9 +83,10 @@ def server(
     model = {**tiny_configs["live1plus"].model_dump(mode="json"), "checkpoint": str(tiny_checkpoint)}
     prefix = f"serve-{secrets.token_hex(4)}:"
     path = settings_file(tmp_path_factory.mktemp("serve"), model, bus={"prefix": prefix})
-    process, url = start(path, REDIS_URL=redis_url)
+    marked = Marked()
+    process, url = start(path, REDIS_URL=redis_url, **marked.environment)
     try:
-        yield Server(url, redis_url, BusConfig(prefix=prefix))
+        yield Server(url, redis_url, BusConfig(prefix=prefix), marked)
     finally:
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)
@@ -209,6 +212,12 @@ def test_encoder_llm_and_gateway_are_processes_of_their_own(server: Server) -> N
     assert len({stats[part]["pid"] for part in ("gateway", "encoder", "llm")}) == 3
     assert stats["encoder"]["encoded"] > 0
     assert stats["llm"]["frames_decided"] > 0
+
+
+def test_only_this_machine_can_reach_any_port(server: Server) -> None:
+    listening = server.marked.listening()
+    assert len(listening) > 5
+    assert [address for address, loopback in listening.items() if not loopback] == []
 
 
 def test_a_client_that_goes_away_leaves_nothing_running(server: Server) -> None:
