@@ -89,6 +89,7 @@ class DatasetConfig(Section):
         "ego4d_refined_narration",
         "chat",
         "generated_chat",
+        "goalstep",
         "nlq",
         "lta",
         "lta_test",

@@ -13,10 +13,11 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
+from jobs.annotations import Moment, VideoAnnotation
 from jobs.clock import Extent
-from jobs.dataset_files import EGO4D, Entry, read_json
+from jobs.dataset_files import EGO4D, Entry, Split, read_json
 
-FILES = ("goalstep_train.json", "goalstep_val.json")
+FILES: Mapping[Split, str] = {"train": "goalstep_train.json", "validation": "goalstep_val.json"}
 BLANK = "..."
 PROMPT = (
     "A very intelligent multimodal assistant helps the user to do the following activities:\n\n{steps}\n\n"
@@ -67,17 +68,42 @@ class Activity:
 
 def read_activities(folder: Path, videos: Mapping[str, Extent]) -> Iterator[Activity]:
     """The activities of those videos that are there; steps that have steps of their own are activities, too."""
-    for name in FILES:
+    for name in FILES.values():
         for video in read_json(folder / name, TypeAdapter(_File), EGO4D).videos:
             if extent := videos.get(video.video_uid):
-                yield from _activities(video.video_uid, video.segments, extent)
+                for steps in _levels(video.segments):
+                    yield _activity(video.video_uid, steps, extent)
 
 
-def _activities(video_id: str, steps: Sequence[_Step], video: Extent) -> Iterator[Activity]:
-    if not steps:
-        return
+def read_goalstep(folder: Path) -> Iterator[VideoAnnotation]:
+    """A row an activity, its steps as moments, for chats that are written by rule (jobs/template_chat.py)."""
+    for split, name in FILES.items():
+        path = folder / name
+        for video in read_json(path, TypeAdapter(_File), EGO4D).videos:
+            for number, steps in enumerate(_levels(video.segments)):
+                moments = [
+                    Moment(time=step.start_time, stop=step.end_time, text=step.step_description.strip())
+                    for step in steps
+                ]
+                yield VideoAnnotation(
+                    video_id=video.video_uid,
+                    video="",
+                    moments=tuple(sorted(moments, key=lambda moment: moment.time)),
+                    source=str(path),
+                    kind="goalstep",
+                    part=str(number),
+                    split=split,
+                )
+
+
+def _levels(steps: Sequence[_Step]) -> Iterator[Sequence[_Step]]:
+    if steps:
+        yield steps
+        for step in steps:
+            yield from _levels(step.segments)
+
+
+def _activity(video_id: str, steps: Sequence[_Step], video: Extent) -> Activity:
     told = "\n".join(f"{s.start_time:.2f}s-{s.end_time:.2f}s: {s.step_description.strip()}" for s in steps)
     frames = {video.at(time) for step in steps for time in (step.start_time, step.end_time)}
-    yield Activity(video_id, PROMPT.format(steps=told), tuple(frame / video.fps for frame in sorted(frames)))
-    for step in steps:
-        yield from _activities(video_id, step.segments, video)
+    return Activity(video_id, PROMPT.format(steps=told), tuple(frame / video.fps for frame in sorted(frames)))

@@ -20,6 +20,7 @@ from jobs.chat import read_chats, read_generated_chats
 from jobs.coin import KINDS, read_coin
 from jobs.dataset_files import find_video
 from jobs.ego4d import read_narration_streams, read_narrations, read_refined_narrations
+from jobs.goalstep import read_goalstep
 from jobs.lta import read_lta, read_lta_test
 from jobs.nlq import read_nlq
 from jobs.robustness import read_robustness
@@ -32,6 +33,7 @@ READERS: Mapping[str, Reader] = {
     "ego4d_refined_narration": read_refined_narrations,
     "chat": read_chats,
     "generated_chat": read_generated_chats,
+    "goalstep": read_goalstep,
     "nlq": read_nlq,
     "lta": read_lta,
     "lta_test": read_lta_test,

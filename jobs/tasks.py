@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from actors.turns import Assistant, Stream, System, Turn
-from jobs import chat, coin, lta, nlq, robustness
+from jobs import chat, coin, lta, nlq, robustness, template_chat
 from jobs.annotations import VideoAnnotation
 from jobs.augmentation import augment
 from jobs.clock import Extent
@@ -32,6 +32,7 @@ def _drawless(scenes: Callable[[VideoAnnotation, Extent], Iterator[Scene]]) -> S
 SCENES: Mapping[str, Scenes] = {
     "chat": chat.scenes,
     "generated_chat": chat.scenes,
+    "goalstep": template_chat.scenes,
     "nlq": nlq.scenes,
     "lta": _drawless(lta.scenes),
     "robustness": _drawless(robustness.scenes),
@@ -94,6 +95,8 @@ def _of_scenes(
                 labels=scene.labels,
             )
         )
+    if not made.dialogues and not made.dropped:
+        made.dropped[f"no dialogue of this {row.kind} fits into the video"] += 1
     made.used = len(row.moments) if made.dialogues else 0
     return made
 
