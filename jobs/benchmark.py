@@ -1,0 +1,105 @@
+"""Measure how fast this machine runs the models, and compare.
+
+  engine   the batched engine against the plain `reference` backend (a growing Hugging Face cache, one
+           session and one frame a step): live, recorded, many sessions, memory, latency
+
+Both backends get the same weights, input, dtype, threads and window, and the same script says when they
+speak: the model computes everything, but its choices are not followed. They take turns, so that what else
+the machine does slows both; trust the ratios, not the milliseconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from actors.config import ConfigError, load_config
+from actors.embedded import EmbeddedModelError
+from actors.engine import EngineConfig
+from actors.parts import CheckpointError
+from actors.runtime import limit_threads
+from actors.weights import WeightsError
+from jobs.benchmark_models import PRESETS, subject_of, subject_of_size
+from jobs.engine_benchmark import QUICK, Amount, EngineBenchmark
+
+ENGINE_HELP = """Compare the batched engine with the `reference` backend.
+
+Without arguments: the embedded default on the CPU, about 15 minutes on two cores of 2020s
+(the reference's part; it is slow). What is measured:
+
+  live        one session, frame by frame, after 300, 1,500 and 3,000 frames; the mean over the
+              whole eviction cycle that ends there, rebuild included
+  recorded    200 frames from the middle of a video that is there at once; 10 %, 1 % and 0 %
+              of them speak 12 tokens
+  sessions    1 to 32 live sessions with a frame waiting in each
+  cycles      a frame's cost over one whole eviction cycle, early and late in a stream
+  memory      resident memory along a stream
+  latency     time to first token; step p50 and p99; lag of frames of 4 sessions at 2 FPS
+
+Contexts of a certain length are made without living through them: see jobs/scripted.py.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code: 0 done, 1 a mistake in the settings, which is explained."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    try:
+        arguments.run(arguments)
+    except (ConfigError, CheckpointError, EmbeddedModelError, WeightsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def engine(arguments: argparse.Namespace) -> None:
+    config = load_config(arguments.settings, arguments.overrides)
+    settings = config.section("engine", EngineConfig)
+    settings = settings.model_copy(update={"device": arguments.device or settings.device})
+    limit_threads(settings.threads)
+    if arguments.preset == PRESETS[0]:
+        subject = subject_of(config, settings.device, arguments.dtype)
+    else:
+        subject = subject_of_size(arguments.preset, settings.device, arguments.dtype)
+    benchmark = EngineBenchmark(subject, settings, QUICK if arguments.quick else Amount())
+    report = benchmark.run()
+    print(report.table())
+    if arguments.save:
+        machine = re.sub(r"[^a-z0-9]+", "-", (arguments.machine or str(report.machine["cpu"])).lower()).strip("-")
+        path = Path(arguments.save) / f"{report.machine['date']}-{machine}"
+        report.save(path)
+        print(f"\nsaved: {path}.json and {path}.png")
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m jobs.benchmark", description=__doc__, formatter_class=raw)
+    kinds = parser.add_subparsers(title="what to measure", required=True, metavar="KIND")
+    one = kinds.add_parser(
+        "engine",
+        help="the batched engine against reference",
+        description=ENGINE_HELP,
+        formatter_class=raw,
+        epilog="examples:\n"
+        "  python -m jobs.benchmark engine --save benchmarks\n"
+        "  python -m jobs.benchmark engine configs/embedded.yaml engine.threads=2 --quick\n"
+        "  python -m jobs.benchmark engine --preset llama3-8b --device cuda",
+    )
+    one.add_argument("settings", nargs="?", default="configs/embedded.yaml", help="default: configs/embedded.yaml")
+    one.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    one.add_argument("--preset", choices=PRESETS, default=PRESETS[0], help="embedded: the model of the settings file")
+    one.add_argument("--device", help="cpu or cuda (default: engine.device of the settings)")
+    one.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: the model's, if the CPU has it")
+    one.add_argument("--quick", action="store_true", help="a few frames of everything: does it run?")
+    one.add_argument("--save", metavar="FOLDER", help="write FOLDER/<date>-<machine>.json and .png")
+    one.add_argument("--machine", metavar="NAME", help="name in the file's name (default: the CPU's)")
+    one.set_defaults(run=engine)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
