@@ -67,7 +67,7 @@ class Amount:
 
 
 QUICK = Amount(
-    lengths=(20, 60),
+    lengths=(20, 120),
     window=700,
     samples=2,
     repeats=1,
