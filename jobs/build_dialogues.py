@@ -17,7 +17,6 @@ import hashlib
 import itertools
 import json
 import logging
-import math
 import os
 import sys
 from collections import Counter
@@ -32,7 +31,7 @@ from pydantic import Field
 from tqdm import tqdm
 
 from actors.config import Config, ConfigError, ModelConfig, Section
-from actors.video import VideoError, VideoInfo, probe
+from actors.video import VideoError
 from jobs.annotations import (
     AnnotationError,
     AnnotationsConfig,
@@ -41,10 +40,9 @@ from jobs.annotations import (
     find_annotations,
     read_annotations,
 )
-from jobs.clock import Extent
 from jobs.cluster import connect
-from jobs.dataset_files import FEATURES_SUFFIX
 from jobs.dialogues import SPLITS, DataConfig, Dialogue, split_of, to_line
+from jobs.extents import extent_of
 from jobs.program import run
 from jobs.public import read_dataset
 from jobs.robustness import write_videos
@@ -203,30 +201,6 @@ def build_video(annotation: VideoAnnotation, data: DataConfig, system_prompt: st
             "left_out": left_out,
         }
     )
-
-
-def extent_of(annotation: VideoAnnotation, fps: float) -> Extent:
-    """What the row's video has, if it is about one. Raises VideoError for one that is missing or damaged."""
-    return _extent(annotation.video, fps) if annotation.video else Extent(0, fps, 0)
-
-
-@functools.lru_cache(maxsize=4096)
-def _extent(path: str, fps: float) -> Extent:
-    if Path(path).suffix == FEATURES_SUFFIX:
-        from jobs.features import features_extent  # torch, which only this needs
-
-        return features_extent(Path(path), fps)
-    info = probe(path)
-    return Extent(frames_in(info, fps), fps, info.duration)
-
-
-def frames_in(info: VideoInfo, fps: float) -> int:
-    """How many frames the grid 0, 1/fps, ... has up to the video's last picture, at least.
-
-    At the very end a container's duration may be off by rounding: then a frame less, never one more.
-    """
-    last = info.duration - 1 / info.fps - 1e-3
-    return max(1, math.floor(last * fps) + 1)
 
 
 def _refuse_repeated(results: list[Result]) -> None:

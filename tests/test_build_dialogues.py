@@ -13,9 +13,10 @@ import pytest
 from actors.config import Config, ConfigError
 from actors.video import VideoInfo, read_frames
 from jobs.annotations import AnnotationError, read_annotations
-from jobs.build_dialogues import build, build_video, frames_in
+from jobs.build_dialogues import build, build_video
 from jobs.clock import frame_at
 from jobs.dialogues import DataConfig, read_dialogues
+from jobs.extents import frames_in
 
 # Ray Data warns of its own settings when it copies them.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")

@@ -12,9 +12,9 @@ from golden_files import read_json
 from actors.config import DEFAULT_SYSTEM_PROMPT
 from actors.turns import parse
 from actors.video import probe, read_frames
-from jobs.build_dialogues import frames_in
 from jobs.clock import Extent
 from jobs.dialogues import DataConfig, Dialogue
+from jobs.extents import frames_in
 from jobs.robustness import read_robustness, write_videos
 from jobs.tasks import dialogues_of
 
