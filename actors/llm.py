@@ -17,10 +17,9 @@ from collections.abc import Awaitable, Iterator, Sequence
 from functools import partial
 from typing import Literal
 
-from actors.backends import build_engine
+from actors.backends import build_engine, load_model
 from actors.bus import Bus, BusError, Lease
-from actors.checkpoint import load_or_untrained
-from actors.config import Config, ConfigError
+from actors.config import Config
 from actors.engine import Engine, EngineConfig, NoCapacity
 from actors.held import Held, LostFrames, read_window, rebuild, stream_order
 from actors.messages import Evicted, LogEntry, MessageError, SessionEnded, encode
@@ -39,15 +38,25 @@ class LLMWorker:
     """One replica's LLM side, hosted by Serve or a test: `run` until `stop`, `stats` at any time.
 
     `tokens_shape` is (N, D), what a frame's tokens must look like; `fingerprint` says which
-    sessions this replica may claim.
+    sessions this replica may claim, `features` which encoder its frame tokens must come from.
     """
 
-    def __init__(self, bus: Bus, engine: Engine, *, name: str, tokens_shape: tuple[int, int], fingerprint: str) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        engine: Engine,
+        *,
+        name: str,
+        tokens_shape: tuple[int, int],
+        fingerprint: str,
+        features: str,
+    ) -> None:
         self.bus = bus
         self.engine = engine
         self.name = name
         self.tokens_shape = tokens_shape
         self.fingerprint = fingerprint
+        self.features = features
         self.held: dict[str, Held] = {}
         self._taking: dict[str, Lease] = {}
         self.stepper = Stepper(engine, self._hand_over)
@@ -277,14 +286,16 @@ class LLMWorker:
 def build_llm_worker(config: Config, bus: Bus, name: str) -> LLMWorker:
     """The worker that a settings file describes; loads the checkpoint, which takes a while."""
     settings = config.section("engine", EngineConfig)
-    if config.model.checkpoint is None and not settings.untrained:
-        raise ConfigError(
-            f"{config.source}: model.checkpoint is not set: give a checkpoint folder (jobs.train makes one), "
-            "or set engine.untrained to true to see everything run on a model that talks nonsense"
-        )
-    loaded = load_or_untrained(config.model, settings.device)
+    loaded = load_model(config)
     engine = build_engine(loaded.model, loaded.template, settings)
-    return LLMWorker(bus, engine, name=name, tokens_shape=loaded.model.frame_shape, fingerprint=loaded.fingerprint)
+    return LLMWorker(
+        bus,
+        engine,
+        name=name,
+        tokens_shape=loaded.model.frame_shape,
+        fingerprint=loaded.fingerprint,
+        features=loaded.features,
+    )
 
 
 def _pauses() -> Iterator[float]:

@@ -17,7 +17,15 @@ from concurrent.futures import Future
 from typing import TypeVar
 
 from actors.engine import Engine
-from actors.messages import Evicted, FramesDecided, FrameSkipped, LogEntry, ResponseStarted, ResponseTokens
+from actors.messages import (
+    Evicted,
+    FramesDecided,
+    FrameSkipped,
+    LogEntry,
+    ResponseEnded,
+    ResponseStarted,
+    ResponseTokens,
+)
 
 TIMELINE = 4096
 
@@ -31,7 +39,7 @@ class Stepper:
     def __init__(self, engine: Engine, logged: Logged) -> None:
         self.engine = engine
         self.counters = dict.fromkeys(
-            ("frames_decided", "frames_skipped", "responses", "tokens", "evictions", "steps"), 0
+            ("frames_decided", "frames_skipped", "responses", "duplicates", "tokens", "evictions", "steps"), 0
         )
         self.step_s = 0.0
         self.timeline: deque[tuple[str, str, int, int, float, float]] = deque(maxlen=TIMELINE)
@@ -121,6 +129,8 @@ class Stepper:
                     self.timeline.append(("speak", session_id, last_seq, last_seq, start, end))
                 case ResponseStarted():
                     self.counters["responses"] += 1
+                case ResponseEnded():
+                    self.counters["duplicates"] += entry.reason == "duplicate"
                 case FrameSkipped():
                     self.counters["frames_skipped"] += 1
                 case Evicted():

@@ -23,7 +23,7 @@ from pathlib import Path
 from pydantic import Field
 from tqdm import tqdm
 
-from actors.backends import build_engine
+from actors.backends import build_engine, load_model
 from actors.cache import whole_folder
 from actors.checkpoint import Loaded
 from actors.config import Config, ConfigError, ModelConfig, Section
@@ -52,7 +52,7 @@ from jobs.encode_frames import StoreConfig
 from jobs.evaluation_report import Report, named, report
 from jobs.metrics import Mode, Reply, evaluate, forward_of, summarize
 from jobs.program import run
-from jobs.replay import FrameChunk, Question, Recording, Transcript, load_model, replay
+from jobs.replay import FrameChunk, Question, Recording, Transcript, replay
 from jobs.timing_metrics import Timing, Window, timing
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from typing import Never
 import numpy as np
 from tqdm import tqdm
 
-from actors.backends import build_engine
+from actors.backends import build_engine, load_model
 from actors.config import Config, ConfigError
 from actors.encoder import EncoderConfig, FrameEncoder
 from actors.engine import EngineConfig
@@ -28,7 +28,7 @@ from actors.messages import SessionSettings
 from actors.runtime import limit_threads
 from actors.video import probe, read_frames
 from jobs.lookahead import Lookahead
-from jobs.replay import FrameChunk, Question, Recording, Transcript, load_model, replay
+from jobs.replay import FrameChunk, Question, Recording, Transcript, replay
 from jobs.subtitles import burn, cues_of, srt, webvtt
 
 logger = logging.getLogger(__name__)

@@ -13,9 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from actors.checkpoint import Loaded, load_or_untrained
-from actors.config import Config, ConfigError
-from actors.engine import Engine, EngineConfig
+from actors.engine import Engine
 from actors.messages import (
     End,
     Evicted,
@@ -186,17 +184,3 @@ class _Player:
             for time, tokens in zip(chunk.times, chunk.tokens, strict=True):
                 self.session.add_frame(self.pushed, time, tokens)
                 self.pushed += 1
-
-
-def load_model(config: Config) -> Loaded:
-    """The checkpoint that a settings file describes; takes a while.
-
-    Raises ConfigError where there is none and `engine.untrained` does not allow that.
-    """
-    settings = config.section("engine", EngineConfig)
-    if config.model.checkpoint is None and not settings.untrained:
-        raise ConfigError(
-            f"{config.source}: model.checkpoint is not set: give a checkpoint folder (jobs.train makes one), "
-            "or set engine.untrained to true to see everything run on a model that talks nonsense"
-        )
-    return load_or_untrained(config.model, settings.device)

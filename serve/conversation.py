@@ -108,10 +108,18 @@ class Conversation:
     """
 
     def __init__(
-        self, bus: Bus, fingerprint: str, totals: Counts, max_waiting: int, max_live: int, bulk: bool = False
+        self,
+        bus: Bus,
+        fingerprint: str,
+        totals: Counts,
+        defaults: SessionSettings,
+        *,
+        max_waiting: int,
+        max_live: int,
+        bulk: bool = False,
     ) -> None:
         self.id = f"sess_{uuid.uuid4().hex}"
-        self.settings = SessionSettings()
+        self.settings = defaults
         self.drop_policy: DropPolicy = "block" if bulk else "latest"
         self.include: frozenset[str] = frozenset()
         self.counts = Counts()
@@ -253,7 +261,7 @@ class Conversation:
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             meta = await self._bus.session_meta(self.id)
-            if meta is None or meta.epoch > 0:
+            if meta is None or meta.held or meta.state == "ended":
                 return
             await asyncio.sleep(OWNER_POLL_S)
         raise NoCapacity(f"no model replica took the session within {timeout_s:g} s: all are full or down, try later")
@@ -267,7 +275,7 @@ class Conversation:
                     self._settle(seq, "decided")
             elif isinstance(entry, FrameSkipped):
                 self._settle(entry.seq, "skipped")
-            for event in translator.events(position, entry, self.include, self.info):
+            for event in translator.events(position, entry, self.include, self.info, self.settings.suppress_duplicates):
                 yield event
             if isinstance(entry, SessionEndedEntry):
                 self.ended = True

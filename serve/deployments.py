@@ -22,6 +22,7 @@ from ray.serve.handle import DeploymentHandle
 
 from actors.bus import Bus, BusConfig
 from actors.config import Config
+from actors.messages import SessionSettings
 from actors.redis_server import RedisServer
 from serve.api import API_KEY_VARIABLE, build_api
 from serve.gateway import Gateway, ServeConfig
@@ -80,7 +81,12 @@ class EncoderReplica(WorkerReplica):
 
         bus = await connect(config, redis)
         worker = await asyncio.to_thread(build_encoder_worker, config, bus, name)
+        self.features_value = worker.encoder.fingerprint
         self.start(worker, bus)
+
+    async def features(self) -> str:
+        """Which encoder the frame tokens come from."""
+        return self.features_value
 
 
 class LLMReplica(WorkerReplica):
@@ -93,6 +99,7 @@ class LLMReplica(WorkerReplica):
         bus = await connect(config, redis)
         worker = await asyncio.to_thread(build_llm_worker, config, bus, name)
         self.fingerprint_value = worker.fingerprint
+        self.features_value = worker.features
         self.start(worker, bus)
 
     async def stats(self) -> dict[str, object]:
@@ -102,6 +109,10 @@ class LLMReplica(WorkerReplica):
     async def fingerprint(self) -> str:
         """What sessions must be opened for so that this model takes them."""
         return self.fingerprint_value
+
+    async def features(self) -> str:
+        """Which encoder the model was trained on."""
+        return self.features_value
 
 
 @serve.ingress()
@@ -113,11 +124,18 @@ class GatewayReplica:
     ) -> None:
         prepare_replica()
         self._model = config.model
+        made, expected = await encoder.features.remote(), await llm.features.remote()
+        if made != expected:
+            raise RuntimeError(
+                f"the encoder gives frame tokens {made}, the checkpoint was trained on {expected}: "
+                "set model.vision and model.frames to those of its training"
+            )
         self._bus = await connect(config, redis)
         self._gateway = Gateway(
             self._bus,
             fingerprint=await llm.fingerprint.remote(),
             config=config.section("serve", ServeConfig),
+            defaults=config.section("session", SessionSettings),
             workers={"encoder": lambda: _stats(encoder), "llm": lambda: _stats(llm)},
         )
 

@@ -16,6 +16,7 @@ from pydantic import Field
 
 from actors.bus import Bus
 from actors.config import Section
+from actors.messages import SessionSettings
 from serve.client_events import ClientError
 from serve.conversation import Conversation, Counts, NoCapacity
 
@@ -60,14 +61,24 @@ class Full(Exception):
 
 
 class Gateway:
-    """All sessions of one gateway replica. `workers` are named calls that return a worker's statistics."""
+    """All sessions of one gateway replica.
+
+    `defaults` is what a session has until its client says otherwise. `workers` are named calls that
+    return a worker's statistics.
+    """
 
     def __init__(
-        self, bus: Bus, fingerprint: str, config: ServeConfig, workers: dict[str, WorkerStats] | None = None
+        self,
+        bus: Bus,
+        fingerprint: str,
+        config: ServeConfig,
+        defaults: SessionSettings | None = None,
+        workers: dict[str, WorkerStats] | None = None,
     ) -> None:
         self.bus = bus
         self.fingerprint = fingerprint
         self.config = config
+        self.defaults = defaults or SessionSettings()
         self.totals = Counts()
         self.started = time.monotonic()
         self._workers = workers or {}
@@ -82,6 +93,7 @@ class Gateway:
             self.bus,
             self.fingerprint,
             self.totals,
+            self.defaults,
             max_waiting=self.config.max_waiting_frames,
             max_live=self.config.max_live_frames,
             bulk=bulk,

@@ -40,11 +40,30 @@ class Translator:
 
     def __init__(self) -> None:
         self._open: dict[str, ResponseStarted] = {}
+        self._held: list[ServerEvent] | None = None
 
     def events(
+        self, position: int, entry: LogEntry, include: frozenset[str], info: SessionInfo, hold: bool = False
+    ) -> Iterator[ServerEvent]:
+        """One log entry as events, none for what is the server's own affair.
+
+        With `hold` a spontaneous response is told only when it is over, and not at all if it was a duplicate.
+        """
+        if isinstance(entry, ResponseStarted) and hold and entry.query_id is None:
+            self._held = []
+        found = self._events(position, entry, include, info)
+        if self._held is None:
+            yield from found
+            return
+        self._held += found
+        if isinstance(entry, ResponseEnded):
+            held, self._held = self._held, None
+            if entry.reason != "duplicate":
+                yield from held
+
+    def _events(
         self, position: int, entry: LogEntry, include: frozenset[str], info: SessionInfo
     ) -> Iterator[ServerEvent]:
-        """One log entry as events, none for what is the server's own affair."""
         match entry:
             case FramesDecided():
                 if "frame_decided" in include:

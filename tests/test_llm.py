@@ -66,6 +66,7 @@ class Live:
             name=name,
             tokens_shape=self.loaded.model.frame_shape,
             fingerprint=self.loaded.fingerprint,
+            features=self.loaded.features,
         )
         task = asyncio.create_task(worker.run())
         try:

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from actors import checkpoint
-from actors.backends import build_engine
+from actors.backends import build_engine, load_model
 from actors.batched import BatchedEngine
 from actors.checkpoint import Loaded
 from actors.config import Config, ConfigError, ModelConfig
 from actors.engine import Engine, EngineConfig
 from actors.messages import SessionSettings
 from actors.session import Decision, Session
-from jobs.replay import FrameChunk, Question, Recording, Transcript, Utterance, load_model, replay
+from jobs.replay import FrameChunk, Question, Recording, Transcript, Utterance, replay
 
 
 @pytest.fixture(scope="module")
