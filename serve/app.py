@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict
 from ray import serve as ray_serve
 from ray.serve import Application, Deployment
 
-from actors.bus import BusConfig, BusError
+from actors.bus import Bus, BusConfig, BusError
 from actors.config import Config, ConfigError, load_config
 from actors.redis_server import RedisServer, RedisServerError
 from serve import cluster
@@ -37,6 +37,7 @@ APPLICATION = "videollm"
 SPARE_REQUESTS = 1000  # a WebSocket holds one request slot for its life: the gateway's own limit must come first
 CONSTRUCTOR_TRIES = 2  # a wrong setting stays wrong: Serve's default of 20 tries takes minutes to say so
 HEALTH_CHECK_PERIOD_S = 2  # a dead loop must not go unnoticed for Serve's default of 10 s
+FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
 REPOSITORY = Path(__file__).parents[1]
 
 
@@ -111,6 +112,7 @@ def running(config: Config, log_to_driver: bool = False) -> Iterator[str]:
     with ExitStack() as stack:
         port = _free_port(settings.host, settings.port)
         redis = redis_url(config) or stack.enter_context(RedisServer())
+        asyncio.run(_check_redis(config, redis))
         cluster.start(_cpus(settings), log_to_driver)
         stack.callback(ray.shutdown)
         logging.getLogger("ray.serve").setLevel(logging.INFO if log_to_driver else logging.WARNING)
@@ -121,6 +123,12 @@ def running(config: Config, log_to_driver: bool = False) -> Iterator[str]:
         except RuntimeError as error:
             raise StartError(f"the application did not start: {_why(error)}") from None
         yield f"http://{settings.host}:{port}"
+
+
+async def _check_redis(config: Config, url: str) -> None:
+    """Raises BusError now for a Redis that cannot be used: replicas would take half a minute to say so."""
+    bus = await Bus.connect(config.section("bus", BusConfig), url)
+    await bus.close()
 
 
 def _cpus(settings: ServeConfig) -> int:
@@ -146,9 +154,18 @@ def _free_port(host: str, port: int) -> int:
 
 
 def _why(error: BaseException) -> str:
-    """The last line that says something: Serve puts a replica's whole traceback into its message."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    """What the replicas that failed said last: Serve itself only names their deployments."""
+    said = []
+    status = ray_serve.status().applications.get(APPLICATION)
+    for name, deployment in (status.deployments if status else {}).items():
+        if deployment.status in FAILED:
+            said.append(f"{name}: {_last_line(deployment.message)}")
+    return "; ".join(said) or _last_line(str(error))
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "no reason was given"
 
 
 def main(arguments: list[str] | None = None) -> int:
