@@ -174,6 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("config", nargs="?", default=str(REPOSITORY / "configs/embedded.yaml"))
     parser.add_argument("overrides", nargs="*", help="section.key=value")
     options = parser.parse_args(arguments)
+    end_at_once_on_signal()
     try:
         with running(load_config(options.config, options.overrides), log_to_driver=True) as url:
             print(f"ready: {url} (WebSocket {url.replace('http', 'ws', 1)}/v1/realtime); Ctrl-C ends it", flush=True)

@@ -133,6 +133,7 @@ class Conversation:
         self._bulk = bulk
         self._waiting: deque[WaitingFrame] = deque()
         self._received_at: dict[int, float] = {}
+        self._next_undecided = 0
         self._last_time = -1.0
         self._starved = False
         self._finishing = False
@@ -253,8 +254,10 @@ class Conversation:
             self._keep_newest()
             await self._await_change()
         else:
-            self._received_at[seq] = frame.received
             self._count("admitted")
+            # The decision may overtake the answer to the admission when this process was busy.
+            if seq >= self._next_undecided:
+                self._received_at[seq] = frame.received
 
     async def owned(self, timeout_s: float) -> None:
         """Return once an LLM replica holds the session. Raises NoCapacity after `timeout_s`."""
@@ -293,6 +296,7 @@ class Conversation:
     def _settle(self, seq: int, outcome: str) -> None:
         """Count a frame that is done and let the next one in."""
         self._count(outcome)
+        self._next_undecided = seq + 1
         received = self._received_at.pop(seq, None)
         if received is not None:
             lag = time.monotonic() - received

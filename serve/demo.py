@@ -28,7 +28,7 @@ from actors.video import VideoError, VideoInfo, encode_jpeg, probe, read_frames
 from serve.app import REPOSITORY, StartError, running
 from serve.client_events import pack_binary
 from serve.server_events import ErrorEvent, FrameDecided, ItemAdded, SessionEnded, TextDone, parse_event
-from serve.signals import Stopped, interruptible
+from serve.signals import Stopped, end_at_once_on_signal, interruptible
 from serve.timeline import draw
 
 INSTRUCTION = "Please narrate the video in real time."
@@ -232,6 +232,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    end_at_once_on_signal()
     try:
         run(options)
     except Stopped as stopped:

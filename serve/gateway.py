@@ -18,7 +18,7 @@ from actors.bus import Bus
 from actors.config import Section
 from actors.messages import SessionSettings
 from serve.client_events import ClientError
-from serve.conversation import Conversation, Counts, NoCapacity
+from serve.conversation import Conversation, Counts
 
 log = logging.getLogger(__name__)
 
@@ -149,6 +149,3 @@ class Gateway:
             await conversation.leave()
         except Exception:
             log.exception("session=%s could not be ended; it expires by itself", conversation.id)
-
-
-__all__ = ["Full", "Gateway", "NoCapacity", "ServeConfig"]
