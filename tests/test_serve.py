@@ -251,3 +251,22 @@ async def state_when_over(server: Server, session_id: str) -> str:
         return meta.state if meta else "gone"
     finally:
         await bus.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("worker", ["encoder", "llm"])
+def test_a_killed_replica_is_replaced_and_its_sessions_go_on(server: Server, worker: str) -> None:
+    """The client notices nothing but a pause: every frame is decided once, in order."""
+    with live(server.url) as client:
+        client.configure(video={"drop_policy": "block"})
+        for index in range(10):
+            client.frame(index / 2)
+        while len(client.decided()) < 10:
+            client.until(FrameDecided)
+        pid = httpx.get(f"{server.url}/v1/stats", timeout=30).json()[worker]["pid"]
+        os.kill(pid, signal.SIGKILL)
+        for index in range(10, 20):
+            client.frame(index / 2)
+        client.end()
+    assert client.decided() == [(index, index / 2) for index in range(20)]
+    assert not client.all(ErrorEvent)
