@@ -396,7 +396,7 @@ def test_the_batched_engine_decides_as_the_reference_for_long(loaded: dict[str, 
     """Hundreds of random interleavings; ties stay below 0.1 %."""
     compared = ties = 0
     names = ["frames"] * 4 + ["live", "timed", "threshold", "skip"]
-    for seed in range(200):
+    for seed in range(120):
         dice = random.Random(seed)
         rounds = [
             [(dice.randrange(SESSIONS), dice.choice(names), dice.random()) for _ in range(dice.randrange(12))]
@@ -408,7 +408,7 @@ def test_the_batched_engine_decides_as_the_reference_for_long(loaded: dict[str, 
         }
         count, tied = check_equivalence(rounds, struck, dice.choice([48, 128, 512]), loaded["live1plus"])
         compared, ties = compared + count, ties + tied
-    assert compared > 10_000
+    assert compared > 5_000
     assert ties <= compared / 1000
 
 
