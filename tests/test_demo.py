@@ -108,6 +108,7 @@ def test_a_demo_that_is_stopped_leaves_nothing_behind(
         (["--video", "nowhere.mp4"], "nowhere.mp4"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["serve.portt=1"], "portt"),
+        (["engine.threadz=1"], "engine.threadz"),
     ],
 )
 def test_a_demo_that_cannot_start_says_why(config: str, arguments: list[str], says: str) -> None:
