@@ -392,6 +392,7 @@ def test_the_batched_engine_decides_as_the_reference(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_batched_engine_decides_as_the_reference_for_long(loaded: dict[str, Loaded]) -> None:
     """Hundreds of random interleavings; ties stay below 0.1 %."""
     compared = ties = 0
