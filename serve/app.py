@@ -108,9 +108,9 @@ def running(config: Config, log_to_driver: bool = False) -> Iterator[str]:
             f"serve.host is {settings.host}, which others can reach: "
             f"set {API_KEY_VARIABLE} to a secret that clients must send, or keep to 127.0.0.1"
         )
+    port = _free_port(settings.host, settings.port)
     end_at_once_on_signal()
     with ExitStack() as stack:
-        port = _free_port(settings.host, settings.port)
         redis = redis_url(config) or stack.enter_context(RedisServer())
         asyncio.run(_check_redis(config, redis))
         cluster.start(_cpus(settings), log_to_driver)
