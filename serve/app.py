@@ -11,6 +11,7 @@ import asyncio
 import logging
 import math
 import os
+import random
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -38,6 +39,7 @@ SPARE_REQUESTS = 1000  # a WebSocket holds one request slot for its life: the ga
 CONSTRUCTOR_TRIES = 2  # a wrong setting stays wrong: Serve's default of 20 tries takes minutes to say so
 HEALTH_CHECK_PERIOD_S = 2  # a dead loop must not go unnoticed for Serve's default of 10 s
 FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
+UNUSED_PORTS = range(20_000, 32_000)  # above those of Ray's workers, below those the system hands out
 REPOSITORY = Path(__file__).parents[1]
 
 
@@ -116,9 +118,9 @@ def running(config: Config, log_to_driver: bool = False) -> Iterator[str]:
         cluster.start(_cpus(settings), log_to_driver)
         stack.callback(ray.shutdown)
         logging.getLogger("ray.serve").setLevel(logging.INFO if log_to_driver else logging.WARNING)
-        ray_serve.start(http_options={"host": settings.host, "port": port, "request_timeout_s": None})
-        stack.callback(ray_serve.delete, APPLICATION)  # replicas release their leases and close their sockets
         try:
+            ray_serve.start(http_options={"host": settings.host, "port": port, "request_timeout_s": None})
+            stack.callback(ray_serve.delete, APPLICATION)  # replicas release their leases and close their sockets
             ray_serve.run(assemble(config, redis), name=APPLICATION, route_prefix="/")
         except RuntimeError as error:
             raise StartError(f"the application did not start: {_why(error)}") from None
@@ -143,14 +145,17 @@ def _cpus(settings: ServeConfig) -> int:
 
 def _free_port(host: str, port: int) -> int:
     """`port` itself when it can be listened on, any free one for 0. Raises StartError."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise StartError(f"cannot listen on {host}:{port} ({error.strerror}): give another serve.port") from None
-        free: int = probe.getsockname()[1]
-        return free
+    candidates = [port] if port else random.sample(UNUSED_PORTS, 20)
+    for candidate in candidates:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, candidate))
+            except OSError as error:
+                reason = error.strerror
+            else:
+                return candidate
+    raise StartError(f"cannot listen on {host}:{port} ({reason}): give another serve.port")
 
 
 def _why(error: BaseException) -> str:
