@@ -118,7 +118,7 @@ class Report:
             panel.set_ylabel("times reference")
         memory = figure.axes[3]
         memory.plot([m[0] for m in self.memory], [m[1] for m in self.memory])
-        memory.set_ylim(bottom=0)
+        memory.set_ylim(0, 1.2 * max((m[1] for m in self.memory), default=1))
         memory.set_title("resident memory against stream length", fontsize=9)
         memory.set_xlabel("frames")
         memory.set_ylabel("MB")
