@@ -15,7 +15,7 @@ from actors.session import Session, Work
 
 PREFILL_SHARE = 4
 FORGET = 0.95
-STEP_OVERHEAD_FRAMES = 8.0
+STEP_OVERHEAD_FRAMES = 4.0
 
 
 class Scheduler:

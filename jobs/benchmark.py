@@ -33,8 +33,8 @@ Without arguments: the embedded default on the CPU, about 15 minutes on two core
 
   live        one session, frame by frame, after 300, 1,500 and 3,000 frames; the mean over the
               whole eviction cycle that ends there, rebuild included
-  recorded    200 frames from the middle of a video that is there at once; 10 %, 1 % and 0 %
-              of them speak 12 tokens
+  recorded    a video of 200 frames that are there at once, and frames 300 to 400 of a longer one;
+              10 %, 1 % and 0 % of them speak 12 tokens
   sessions    1 to 32 live sessions with a frame waiting in each
   cycles      a frame's cost over one whole eviction cycle, early and late in a stream
   memory      resident memory along a stream

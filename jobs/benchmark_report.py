@@ -37,7 +37,8 @@ class Goal:
 
 TITLES = {
     "live": "one live session, at this many frames (ms a frame)",
-    "recorded": "recorded video, share of frames that speak (ms a frame, replies included)",
+    "recorded": "a recorded video of 200 frames, share of them that speak (ms a frame, replies included)",
+    "recorded_later": "the same for frames 300 to 400 of a longer one (ms a frame, replies included)",
     "sessions": "live sessions (ms a frame, all together)",
     "first_token": "from a question to the first token, at this many frames (ms)",
     "rebuild": "rebuild after eviction, to this many positions (ms)",

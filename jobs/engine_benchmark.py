@@ -52,8 +52,9 @@ class Amount:
     window: int | None = None
     samples: int = 4
     repeats: int = 2
-    recorded_from: int = 200
     recorded_frames: int = 200
+    later_from: int = 300
+    later_frames: int = 100
     speaking: tuple[float, ...] = (0.1, 0.01, 0.0)
     sessions: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     sessions_at: int = 90
@@ -71,8 +72,9 @@ QUICK = Amount(
     window=700,
     samples=2,
     repeats=1,
-    recorded_from=10,
     recorded_frames=20,
+    later_from=10,
+    later_frames=10,
     speaking=(0.1, 0.0),
     sessions=(1, 2),
     sessions_at=10,
@@ -165,25 +167,30 @@ class EngineBenchmark:
             self._first_token(engines, length)
 
     def recorded(self) -> None:
-        """Frames from the middle of a video that is there at once; a share of them speaks, at random places."""
-        start, total = self.amount.recorded_from, self.amount.recorded_frames
+        """A short video, and the middle of a longer one, all there at once; frames at random places speak."""
         for share in self.amount.speaking:
-            speaks = random.Random(7).sample(range(start, start + total), round(total * share))
-            engines = self._engines(self.amount.window, 1, speaks)
-            log = self._folded(engines["batched"]).run(start)
-            logs: dict[str, list[LogEntry]] = {name: [] for name in engines}
-            spent = dict.fromkeys(engines, 0.0)
-            for engine in engines.values():
-                session = place(engine, "s", log, self.frame)
-                for _ in range(total):
-                    add_frame(session, self.frame)
-            for reached in range(start + 10, start + total + 1, 10):
-                for name, engine in engines.items():
-                    session = engine.sessions["s"]
-                    while session.next_seq < reached or session.response:
-                        spent[name] += self._step(engine, logs[name])
-            self._compare("recorded", share, {name: cost / total for name, cost in spent.items()})
-            self.report.decided[f"recorded at {share:g}"] = {name: count(log) for name, log in logs.items()}
+            self._play("recorded", share, 0, self.amount.recorded_frames)
+        for share in self.amount.speaking:
+            self._play("recorded_later", share, self.amount.later_from, self.amount.later_frames)
+
+    def _play(self, kind: str, share: float, start: int, total: int) -> None:
+        """Frames `start` to `start + total` of a video, a share of which speaks."""
+        speaks = random.Random(7).sample(range(start, start + total), round(total * share))
+        engines = self._engines(self.amount.window, 1, speaks)
+        log = self._folded(engines["batched"]).run(start)
+        logs: dict[str, list[LogEntry]] = {name: [] for name in engines}
+        spent = dict.fromkeys(engines, 0.0)
+        for engine in engines.values():
+            session = place(engine, "s", log, self.frame)
+            for _ in range(total):
+                add_frame(session, self.frame)
+        for reached in range(start + 10, start + total + 1, 10):
+            for name, engine in engines.items():
+                session = engine.sessions["s"]
+                while session.next_seq < reached or session.response:
+                    spent[name] += self._step(engine, logs[name])
+        self._compare(kind, share, {name: cost / total for name, cost in spent.items()})
+        self.report.decided[f"{kind} at {share:g}"] = {name: count(log) for name, log in logs.items()}
 
     def many_sessions(self) -> None:
         """Every session has one frame waiting. Sessions of `reference` take turns: it needs no more than four."""

@@ -53,7 +53,14 @@ def test_a_quick_run_saves_every_measurement(saved: Path) -> None:
     found = json.loads(path.read_text())
     measured = {(entry["kind"], entry["at"]) for entry in found["comparisons"]}
     assert {("live", 20), ("live", 120), ("recorded", 0.1), ("recorded", 0.0), ("sessions", 2)} <= measured
-    assert {kind for kind, _ in measured} == {"live", "recorded", "sessions", "first_token", "rebuild"}
+    assert {kind for kind, _ in measured} == {
+        "live",
+        "recorded",
+        "recorded_later",
+        "sessions",
+        "first_token",
+        "rebuild",
+    }
     assert {"reference_ms", "batched_ms", "ratio"} <= set(found["comparisons"][0])
     assert {"cpu", "gpu", "date", "dtype", "threads", "clock", "model", "window"} <= set(found["machine"])
     steps_and_lag = {
