@@ -34,10 +34,10 @@ from actors.vision import VisionError, vision_fingerprint, vision_width
 from actors.weights import WeightsError
 from jobs.annotations import VIDEO_SUFFIXES, video_id
 from jobs.cluster import connect
-from jobs.dataset import FrameStore, StoreError, StoreInfo, VideoWriter
 from jobs.dataset_files import FEATURES_SUFFIX
 from jobs.dialogues import SPLITS, DataConfig, DialogueFileError, read_dialogues
 from jobs.feature_import import take_over
+from jobs.frame_store import FrameStore, StoreError, StoreInfo, VideoWriter
 from jobs.program import run
 
 logger = logging.getLogger(__name__)

@@ -46,10 +46,11 @@ from jobs.controls import (
     grade,
     oracle,
 )
-from jobs.dataset import DatasetError, FrameStore, StoreError, TrainingSet
+from jobs.dataset import DatasetError, TrainingSet
 from jobs.dialogues import DataConfig, Dialogue, DialogueFileError, read_dialogues
 from jobs.encode_frames import StoreConfig
 from jobs.evaluation_report import Report, named, report
+from jobs.frame_store import FrameStore, StoreError
 from jobs.metrics import Mode, Reply, evaluate, forward_of, summarize
 from jobs.program import run
 from jobs.replay import FrameChunk, Question, Recording, Transcript, replay

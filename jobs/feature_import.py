@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from actors.config import ModelConfig
-from jobs.dataset import FrameStore
 from jobs.features import FeaturesError, FeaturesFolder, read_features
+from jobs.frame_store import FrameStore
 
 FRAMES_AT_ONCE = 1024
 

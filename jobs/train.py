@@ -45,9 +45,10 @@ from actors.turns import DialogueError
 from actors.vision import vision_fingerprint
 from actors.weights import WeightsError
 from jobs.cluster import connect, is_local
-from jobs.dataset import DatasetError, FrameStore, StoreError, TrainingSet
+from jobs.dataset import DatasetError, TrainingSet
 from jobs.dialogues import DataConfig, DialogueFileError, read_dialogues, to_line
 from jobs.encode_frames import StoreConfig
+from jobs.frame_store import FrameStore, StoreError
 from jobs.learner import Learner, TrainingConfig, TrainingError
 from jobs.program import run
 from jobs.training_log import TrainingLog, plot_log

@@ -13,8 +13,9 @@ from actors.causal_lm import load_tokenizer
 from actors.config import FrameConfig, ModelConfig
 from actors.dialogue import Template
 from actors.objective import Objective
-from jobs.dataset import DatasetError, FrameStore, TrainingSet, batch_of, step_order
+from jobs.dataset import DatasetError, TrainingSet, batch_of, step_order
 from jobs.dialogues import Dialogue
+from jobs.frame_store import FrameStore
 
 VIDEOS = ["ab", "abcd", "abcdef"]
 

@@ -17,9 +17,9 @@ import yaml
 from actors.config import Config, ConfigError, ModelConfig
 from actors.encoder import EncoderConfig, FrameEncoder
 from actors.video import read_frames
-from jobs.dataset import FrameStore, StoreError, StoreInfo
 from jobs.dialogues import DataConfig, Dialogue, to_line
 from jobs.encode_frames import ChunkEncoder, EncodingError, StoreConfig, _decode, _OpenVideo, encode, find_videos
+from jobs.frame_store import FrameStore, StoreError, StoreInfo
 
 # Ray warns about its own settings when it copies them.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")

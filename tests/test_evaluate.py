@@ -15,9 +15,9 @@ from actors import checkpoint
 from actors.config import ModelConfig
 from actors.turns import Assistant, Stream, System, User
 from jobs.annotations import Moment
-from jobs.dataset import FrameStore
 from jobs.dialogues import Dialogue, to_line
 from jobs.evaluate import main, play_of
+from jobs.frame_store import FrameStore
 from jobs.replay import Question
 
 VIDEOS = ["kitchen", "garage"]

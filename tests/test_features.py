@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from actors.config import Config, FrameConfig, ModelConfig
-from jobs.dataset import FrameStore, StoreInfo
 from jobs.encode_frames import EncodingError, encode
 from jobs.feature_import import take_over
 from jobs.features import FeaturesError, FeaturesFolder, read_features
+from jobs.frame_store import FrameStore, StoreInfo
 
 FOLDER = "full_scale_2fps_384_1+3x3_google--siglip-large-patch16-384"
 MODEL = ModelConfig(

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.dataset import ROWS_PER_GROUP, FrameStore, StoreError, StoreInfo
+from jobs.frame_store import ROWS_PER_GROUP, FrameStore, StoreError, StoreInfo
 
 INFO = StoreInfo(fingerprint="siglip/384px/cls+3x3/ab12", vision="siglip", fps=2.0, num_tokens=3, width=4)
 COUNT = 3 * ROWS_PER_GROUP + 7

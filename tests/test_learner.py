@@ -11,7 +11,8 @@ from training_data import narrated, untrained_config, write_store
 from actors import checkpoint
 from actors.adapter import AdapterConfig
 from actors.config import ConfigError, ModelConfig
-from jobs.dataset import FrameStore, TrainingSet
+from jobs.dataset import TrainingSet
+from jobs.frame_store import FrameStore
 from jobs.learner import Learner, TrainingConfig, TrainingError, learning_rate
 
 VIDEOS = ["ab", "abcd", "abcdef", "abcdefghij"]

@@ -14,11 +14,12 @@ from actors.config import Config, ConfigError, FrameConfig, ModelConfig
 from jobs.annotations import AnnotationError, AnnotationsConfig, DatasetConfig, VideoAnnotation
 from jobs.build_dialogues import build
 from jobs.clock import Extent
-from jobs.dataset import FrameStore, StoreInfo, TrainingSet
+from jobs.dataset import TrainingSet
 from jobs.dialogues import DataConfig, read_dialogues
 from jobs.encode_frames import StoreConfig, find_videos
 from jobs.feature_import import take_over
 from jobs.features import features_extent
+from jobs.frame_store import FrameStore, StoreInfo
 from jobs.public import READERS, read_dataset
 from jobs.tasks import NARRATIONS, SCENES, copies, dialogues_of
 

@@ -21,9 +21,9 @@ from actors.config import Config, ConfigError, ModelConfig
 from actors.dialogue import Template
 from actors.vision import vision_fingerprint
 from jobs.build_dialogues import build
-from jobs.dataset import FrameStore, StoreError
 from jobs.dialogues import to_line
 from jobs.encode_frames import encode
+from jobs.frame_store import FrameStore, StoreError
 from jobs.learner import Learner, TrainingConfig
 from jobs.train import STATE_FILE, keep_settings, load_data, portable, train
 from jobs.training_log import read_log

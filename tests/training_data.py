@@ -8,8 +8,8 @@ import torch
 
 from actors.config import FrameConfig, ModelConfig
 from jobs.annotations import Moment, VideoAnnotation
-from jobs.dataset import FrameStore, StoreInfo
 from jobs.dialogues import DataConfig, Dialogue, narrate
+from jobs.frame_store import FrameStore, StoreInfo
 
 WIDTH = 48
 
