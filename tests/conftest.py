@@ -18,6 +18,7 @@ os.environ |= {
 }
 
 import secrets
+import signal
 import tarfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
@@ -33,6 +34,8 @@ from actors.config import FrameConfig, ModelConfig
 from actors.redis_server import RedisServer
 
 torch.set_num_threads(1)
+# A shell that starts tests in the background has SIGINT ignored, and every program they start inherits that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 hypothesis.settings.register_profile("any_machine", deadline=None)  # speed is no fact that a test states
 hypothesis.settings.load_profile("any_machine")
 
