@@ -5,6 +5,7 @@
     adapter_model.safetensors      LoRA matrices as PEFT writes them, with adapter_config.json beside them
     head.safetensors               only where the checkpoint came with a head of its own
     tokenizer.json, ...            the tokenizer
+    calibration.json               the threshold that validation data chose, if any did (calibration.py)
 
 The language model's weights stay where `model.llm` says. Folders of the public reference load too
 (`published.py`). A run without a checkpoint has to ask for `untrained` by name. Fingerprints let a
@@ -16,7 +17,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +27,7 @@ from safetensors.torch import save_file
 
 from actors.adapter import AdapterConfig, attach, read_adapter_config
 from actors.cache import whole_folder
+from actors.calibration import Calibration, read_calibration
 from actors.causal_lm import causal_lm_folder, load_causal_lm, load_tokenizer
 from actors.config import ModelConfig, Section
 from actors.dialogue import Template
@@ -66,7 +68,7 @@ class Loaded:
 
     `fingerprint` covers everything that decides what the model says (language model, parts, frames,
     vision encoder, system prompt); `features` is the part of it that frame tokens must match, `llm` the
-    digest of the language model. The rest is what `save` needs.
+    digest of the language model; `calibration` tells when it should speak. The rest is what `save` needs.
     """
 
     model: VideoLLM
@@ -78,6 +80,12 @@ class Loaded:
     trained_videos: list[str]
     adapter: AdapterConfig | None
     head: torch.Tensor | None = None
+    calibration: Calibration | None = None
+
+    @property
+    def threshold(self) -> float | None:
+        """What sessions use that were given none; None where no data has chosen one."""
+        return self.calibration.threshold if self.calibration else None
 
 
 def load(
@@ -109,7 +117,7 @@ def load(
     if merged:
         model.merge()
     log.info("checkpoint=%s llm=%s merged=%s", folder, config.llm, merged)
-    return _loaded(
+    loaded = _loaded(
         model.eval(),
         config,
         parts,
@@ -118,6 +126,7 @@ def load(
         features=vision_fingerprint(config) if settings is None else settings.features,
         trained_videos=[] if settings is None else settings.trained_videos,
     )
+    return replace(loaded, calibration=read_calibration(folder, loaded.fingerprint))
 
 
 def untrained(
@@ -167,6 +176,7 @@ def load_or_untrained(config: ModelConfig, device: torch.device | str = "cpu", s
 def save(folder: str | Path, loaded: Loaded, trained_videos: Iterable[str] = ()) -> None:
     """Write what `load` reads, whole or not at all; videos add to those of the checkpoint it came from.
 
+    Its calibration is not kept: other weights speak at other thresholds.
     Raises CheckpointError if the adapter was merged, which cannot be undone.
     """
     parts = collect(loaded.model, loaded.adapter, loaded.head)

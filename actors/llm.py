@@ -38,7 +38,8 @@ class LLMWorker:
     """One replica's LLM side, hosted by Serve or a test: `run` until `stop`, `stats` at any time.
 
     `tokens_shape` is (N, D), what a frame's tokens must look like; `fingerprint` says which
-    sessions this replica may claim, `features` which encoder its frame tokens must come from.
+    sessions this replica may claim, `features` which encoder its frame tokens must come from;
+    `threshold` is the one its checkpoint was calibrated to, if it was.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class LLMWorker:
         tokens_shape: tuple[int, int],
         fingerprint: str,
         features: str,
+        threshold: float | None = None,
     ) -> None:
         self.bus = bus
         self.engine = engine
@@ -57,6 +59,7 @@ class LLMWorker:
         self.tokens_shape = tokens_shape
         self.fingerprint = fingerprint
         self.features = features
+        self.threshold = threshold
         self.held: dict[str, Held] = {}
         self._taking: dict[str, Lease] = {}
         self.stepper = Stepper(engine, self._hand_over)
@@ -295,6 +298,7 @@ def build_llm_worker(config: Config, bus: Bus, name: str) -> LLMWorker:
         tokens_shape=loaded.model.frame_shape,
         fingerprint=loaded.fingerprint,
         features=loaded.features,
+        threshold=loaded.threshold,
     )
 
 

@@ -44,6 +44,12 @@ class SessionSettings(Section):
     window_keep: int | None = Field(default=None, gt=0)
     fps: float = Field(default=2.0, gt=0, le=60)
 
+    def with_threshold_of(self, checkpoint: float | None) -> Self:
+        """These settings with the checkpoint's threshold, if it has one and none was given."""
+        if checkpoint is None or "threshold" in self.model_fields_set:
+            return self
+        return self.model_copy(update={"threshold": checkpoint})
+
     @model_validator(mode="after")
     def _finite(self) -> Self:
         if not math.isfinite(self.threshold):

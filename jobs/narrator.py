@@ -78,6 +78,7 @@ class Narrator:
         engine = config.section("engine", EngineConfig)
         self.threads = engine.threads
         loaded = load_model(config)
+        self.session = self.session.with_threshold_of(loaded.threshold)
         self.engine = build_engine(loaded.model, loaded.template, engine)
         self.encoder = FrameEncoder(loaded.config, self.encoding.device)
         if self.encoder.fingerprint != loaded.features:

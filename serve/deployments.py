@@ -100,6 +100,7 @@ class LLMReplica(WorkerReplica):
         worker = await asyncio.to_thread(build_llm_worker, config, bus, name)
         self.fingerprint_value = worker.fingerprint
         self.features_value = worker.features
+        self.threshold_value = worker.threshold
         self.start(worker, bus)
 
     async def stats(self) -> dict[str, object]:
@@ -113,6 +114,10 @@ class LLMReplica(WorkerReplica):
     async def features(self) -> str:
         """Which encoder the model was trained on."""
         return self.features_value
+
+    async def threshold(self) -> float | None:
+        """What sessions use that were given none; None where its checkpoint says nothing about it."""
+        return self.threshold_value
 
 
 @serve.ingress()
@@ -135,7 +140,7 @@ class GatewayReplica:
             self._bus,
             fingerprint=await llm.fingerprint.remote(),
             config=config.section("serve", ServeConfig),
-            defaults=config.section("session", SessionSettings),
+            defaults=config.section("session", SessionSettings).with_threshold_of(await llm.threshold.remote()),
             workers={"encoder": lambda: _stats(encoder), "llm": lambda: _stats(llm)},
         )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,8 @@ from processes import Marked
 from redis.asyncio import Redis
 
 from actors.bus import Bus, BusConfig
+from actors.calibration import Calibration, write_calibration
+from actors.checkpoint import read_settings
 from actors.config import ModelConfig
 from actors.messages import FrameTokens, encode
 from serve.server_events import (
@@ -37,6 +40,18 @@ from serve.server_events import (
 )
 
 START_S = 150
+CALIBRATION = Calibration(
+    fingerprint="",
+    threshold=0.7,
+    metric="temporal F1",
+    value=0.5,
+    before_s=1,
+    after_s=3,
+    data="validation.jsonl",
+    data_digest="0123",
+    num_dialogues=1,
+    fps=2,
+)
 
 
 @dataclass(frozen=True)
@@ -80,9 +95,12 @@ def server(
     redis_url: str,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Server]:
-    model = {**tiny_configs["live1plus"].model_dump(mode="json"), "checkpoint": str(tiny_checkpoint)}
+    folder = tmp_path_factory.mktemp("serve")
+    calibrated = shutil.copytree(tiny_checkpoint, folder / "checkpoint")
+    write_calibration(calibrated, CALIBRATION.model_copy(update={"fingerprint": read_settings(calibrated).fingerprint}))
+    model = {**tiny_configs["live1plus"].model_dump(mode="json"), "checkpoint": str(calibrated)}
     prefix = f"serve-{secrets.token_hex(4)}:"
-    path = settings_file(tmp_path_factory.mktemp("serve"), model, bus={"prefix": prefix})
+    path = settings_file(folder, model, bus={"prefix": prefix})
     marked = Marked()
     process, url = start(path, REDIS_URL=redis_url, **marked.environment)
     try:
@@ -110,6 +128,12 @@ def test_every_admitted_frame_is_decided_once_and_in_order(server: Server) -> No
     assert (ended.frames.admitted, ended.frames.decided, ended.frames.dropped) == (60, 60, 0)
     assert [item.item.content[0].text for item in client.all(ItemAdded)] == ["Please narrate the video in real time."]
     assert client.all(TextDone)[0].video_time == 0.0
+
+
+def test_sessions_start_at_the_checkpoints_threshold(server: Server) -> None:
+    with live(server.url) as client:
+        client.end()
+    assert client.all(SessionCreated)[0].session.video.threshold == CALIBRATION.threshold
 
 
 def test_two_sessions_run_at_once_and_do_not_mix(server: Server) -> None:
