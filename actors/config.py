@@ -22,6 +22,7 @@ SECTIONS = (
     "session",
     "bus",
     "serve",
+    "limits",
     "annotations",
     "data",
     "store",

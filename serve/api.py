@@ -6,8 +6,6 @@ Without an API key only this machine is served; with one every request must brin
 from __future__ import annotations
 
 import asyncio
-import hmac
-import ipaddress
 import logging
 import shutil
 import tempfile
@@ -15,7 +13,6 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 from typing import Annotated
-from urllib.parse import urlsplit
 
 from fastapi import Depends, FastAPI, File, Form, Request, UploadFile, WebSocket
 from fastapi.exceptions import RequestValidationError
@@ -27,13 +24,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from actors.video import VideoError, probe
 from serve.client_events import ClientError, check_time, parse_patch
 from serve.gateway import Full, Gateway
+from serve.keys import ApiKeys, Refused
 from serve.realtime import POLICY, serve_realtime
 from serve.recorded import Recording, as_sse, watch
 from serve.server_events import ServerEvent, SessionCreated
 
 log = logging.getLogger(__name__)
 
-API_KEY_VARIABLE = "VIDEOLLM_API_KEY"
 ERROR_CODES = {401: "unauthorized", 404: "not_found", 405: "bad_method", 413: "too_big", 422: "bad_value"}
 
 
@@ -46,23 +43,20 @@ class ApiError(HTTPException):
         self.param = param
 
 
-class Refused(Exception):
-    """A client that may not use the gateway; the message says why."""
-
-
-def build_api(gateway: Gateway, resolution_px: int, api_key: str | None) -> FastAPI:
+def build_api(gateway: Gateway, resolution_px: int, keys: ApiKeys) -> FastAPI:
     """The application around one gateway. Recorded frames are scaled to `resolution_px` as the model sees them."""
     api = FastAPI(
         title="videollm-online", version="1", summary="A language model that watches video and talks about it"
     )
-    api.add_middleware(BodyLimit, max_bytes=gateway.config.max_upload_bytes)
+    api.add_middleware(BodyLimit, max_bytes=gateway.limits.upload_bytes)
     api.add_exception_handler(HTTPException, _on_http_error)
     api.add_exception_handler(ClientError, _on_client_error)
     api.add_exception_handler(RequestValidationError, _on_invalid)
 
     def authorized(connection: HTTPConnection) -> None:
+        """Only known clients; `state.client` is the client's name."""
         try:
-            check_client(connection, api_key)
+            connection.state.client = keys.client(connection)
         except Refused as error:
             if connection.scope["type"] == "websocket":
                 raise WebSocketException(POLICY, str(error)) from None
@@ -80,10 +74,11 @@ def build_api(gateway: Gateway, resolution_px: int, api_key: str | None) -> Fast
 
     @api.websocket("/v1/realtime", dependencies=[Depends(authorized)])
     async def realtime(websocket: WebSocket) -> None:
-        await serve_realtime(websocket, gateway)
+        await serve_realtime(websocket, gateway, websocket.state.client)
 
     @api.post("/v1/videos", dependencies=[Depends(authorized)], response_class=StreamingResponse)
     async def videos(
+        request: Request,
         video: Annotated[UploadFile, File(description="a video file")],
         question: Annotated[list[str], Form(description="asked at its question_time")] = [],  # noqa: B006
         question_time: Annotated[list[float], Form(description="seconds, one per question; 0 where absent")] = [],  # noqa: B006
@@ -110,13 +105,13 @@ def build_api(gateway: Gateway, resolution_px: int, api_key: str | None) -> Fast
             except VideoError as error:
                 raise ApiError(422, "bad_video", str(error).replace(str(path), name), "video") from None
             try:
-                conversation = await stack.enter_async_context(gateway.conversation(bulk=True))
+                conversation = await stack.enter_async_context(gateway.conversation(bulk=True, client=request.state.client))
             except Full as error:
                 raise ApiError(429, "sessions_full", str(error)) from None
             await conversation.update(patch)
             await conversation.open()
             recording = Recording(path, fps, resolution_px, tuple(zip(times, question, strict=True)))
-            events = watch(recording, conversation, gateway.config)
+            events = watch(recording, conversation, gateway.config, gateway.limits.idle_s)
             return EventStream(events, SessionCreated(session=conversation.info), stack.pop_all())
 
     return api
@@ -169,37 +164,6 @@ class BodyLimit:
 
     def _message(self, size: int) -> str:
         return f"request body of {size} bytes or more, at most {self.max_bytes} are allowed"
-
-
-def check_client(connection: HTTPConnection, api_key: str | None) -> None:
-    """Raises Refused for a wrong key, and without a key for anybody but programs and pages of this machine."""
-    if api_key:
-        given = connection.headers.get("authorization", "")
-        if not hmac.compare_digest(given.encode(), f"Bearer {api_key}".encode()):
-            raise Refused("the request has no valid key, expected 'Authorization: Bearer <key>'")
-        return
-    client = connection.client.host if connection.client else ""
-    if not is_loopback(client):
-        raise Refused(
-            f"requests from {client or 'unknown'} need an API key: start the server with {API_KEY_VARIABLE} set"
-        )
-    # A page of another site, or a foreign name that resolves to this machine, must not reach the server by the browser.
-    origin = connection.headers.get("origin")
-    for name in filter(None, (connection.url.hostname, urlsplit(origin).hostname if origin else None)):
-        if not is_loopback(name):
-            raise Refused(
-                f"{name} is not this machine: open the server by its loopback address or set {API_KEY_VARIABLE}"
-            )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether `host`, a name or an address, is this machine's loopback."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _store(video: UploadFile, path: Path) -> None:

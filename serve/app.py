@@ -27,15 +27,16 @@ from actors.bus import Bus, BusConfig, BusError
 from actors.config import Config, ConfigError, load_config
 from actors.redis_server import RedisServer, RedisServerError
 from serve import cluster
-from serve.api import API_KEY_VARIABLE, is_loopback
 from serve.deployments import EncoderReplica, GatewayReplica, LLMReplica, RedisReplica
 from serve.gateway import ServeConfig
+from serve.keys import API_KEY_VARIABLE, API_KEYS_FILE_VARIABLE, ApiKeys, KeysError, is_loopback
+from serve.limits import LimitsConfig
 from serve.signals import Stopped, end_at_once_on_signal, interruptible
 
 log = logging.getLogger(__name__)
 
 APPLICATION = "videollm"
-SPARE_REQUESTS = 1000  # a WebSocket holds one request slot for its life: the gateway's own limit must come first
+MANY_REQUESTS = 1 << 20  # a WebSocket holds one request slot for its life: the gateway's own limits come first
 CONSTRUCTOR_TRIES = 2  # a wrong setting stays wrong: Serve's default of 20 tries takes minutes to say so
 HEALTH_CHECK_PERIOD_S = 2  # a dead loop must not go unnoticed for Serve's default of 10 s
 FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
@@ -87,7 +88,7 @@ def _deployment(
     return ray_serve.deployment(
         name=name,
         num_replicas=replicas,
-        max_ongoing_requests=settings.max_sessions + SPARE_REQUESTS,
+        max_ongoing_requests=MANY_REQUESTS,
         max_constructor_retry_count=CONSTRUCTOR_TRIES,
         graceful_shutdown_timeout_s=settings.shutdown_timeout_s,
         graceful_shutdown_wait_loop_s=0.2,
@@ -105,10 +106,11 @@ def redis_url(config: Config) -> str | None:
 def running(config: Config, log_to_driver: bool = False) -> Iterator[str]:
     """Everything up, as a base URL; everything down afterwards. Raises StartError."""
     settings = config.section("serve", ServeConfig)
-    if not is_loopback(settings.host) and not os.environ.get(API_KEY_VARIABLE):
+    config.section("limits", LimitsConfig)
+    if not ApiKeys.from_environment() and not is_loopback(settings.host):
         raise StartError(
-            f"serve.host is {settings.host}, which others can reach: "
-            f"set {API_KEY_VARIABLE} to a secret that clients must send, or keep to 127.0.0.1"
+            f"serve.host is {settings.host}, which others can reach: set {API_KEY_VARIABLE} to a secret that "
+            f"clients must send, or {API_KEYS_FILE_VARIABLE} to a file of them, or keep to 127.0.0.1"
         )
     port = _free_port(settings.host, settings.port)
     end_at_once_on_signal()
@@ -186,7 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
             asyncio.run(interruptible(asyncio.Event().wait()))
     except Stopped as stopped:
         return stopped.status
-    except (ConfigError, StartError, BusError, RedisServerError) as error:
+    except (ConfigError, KeysError, StartError, BusError, RedisServerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -24,8 +24,10 @@ from actors.bus import Bus, BusConfig
 from actors.config import Config
 from actors.messages import SessionSettings
 from actors.redis_server import RedisServer
-from serve.api import API_KEY_VARIABLE, build_api
+from serve.api import build_api
 from serve.gateway import Gateway, ServeConfig
+from serve.keys import ApiKeys
+from serve.limits import LimitsConfig
 
 log = logging.getLogger(__name__)
 
@@ -142,10 +144,11 @@ class GatewayReplica:
             config=config.section("serve", ServeConfig),
             defaults=config.section("session", SessionSettings).with_threshold_of(await llm.threshold.remote()),
             workers={"encoder": lambda: _stats(encoder), "llm": lambda: _stats(llm)},
+            limits=config.section("limits", LimitsConfig),
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self._gateway, self._model.frames.resolution_px, os.environ.get(API_KEY_VARIABLE))
+        return build_api(self._gateway, self._model.frames.resolution_px, ApiKeys.from_environment())
 
     async def __del__(self) -> None:
         if hasattr(self, "_bus"):

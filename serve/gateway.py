@@ -19,6 +19,8 @@ from actors.config import Section
 from actors.messages import SessionSettings
 from serve.client_events import ClientError
 from serve.conversation import Conversation, Counts
+from serve.keys import LOCAL
+from serve.limits import LimitsConfig
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +28,7 @@ WorkerStats = Callable[[], Awaitable[dict[str, object]]]
 
 
 class ServeConfig(Section):
-    """Where the application listens, how it is spread over the machine, and the limits of clients.
+    """Where the application listens, how it is spread over the machine, and how a session's frames wait.
 
     `num_cpus` of a deployment is what Ray reserves for one replica, not what it may use: threads
     are set by the sections of encoder and engine. `max_live_frames` of a session are undecided at most
@@ -43,16 +45,10 @@ class ServeConfig(Section):
     llm_cpus: float = Field(default=1.0, ge=0)
     encoder_gpus: float = Field(default=0.0, ge=0)
     llm_gpus: float = Field(default=0.0, ge=0)
-    max_sessions: int = Field(default=64, ge=1)
-    max_message_bytes: int = Field(default=4 << 20, ge=1024, le=16 << 20)
-    max_question_chars: int = Field(default=4096, ge=1)
     max_waiting_frames: int = Field(default=64, ge=1)
     max_live_frames: int = Field(default=8, ge=1)
-    max_upload_bytes: int = Field(default=512 << 20, ge=1)
     admission_timeout_s: float = Field(default=20.0, gt=0)
-    idle_timeout_s: float = Field(default=120.0, gt=0)
     status_interval_s: float = Field(default=1.0, gt=0)
-    send_timeout_s: float = Field(default=20.0, gt=0)
     shutdown_timeout_s: float = Field(default=5.0, ge=0)
 
 
@@ -74,10 +70,12 @@ class Gateway:
         config: ServeConfig,
         defaults: SessionSettings | None = None,
         workers: dict[str, WorkerStats] | None = None,
+        limits: LimitsConfig | None = None,
     ) -> None:
         self.bus = bus
         self.fingerprint = fingerprint
         self.config = config
+        self.limits = limits or LimitsConfig()
         self.defaults = defaults or SessionSettings()
         self.totals = Counts()
         self.started = time.monotonic()
@@ -85,9 +83,9 @@ class Gateway:
         self._conversations: set[Conversation] = set()
 
     @asynccontextmanager
-    async def conversation(self, bulk: bool = False) -> AsyncIterator[Conversation]:
-        """A session for as long as its client is there; it ends with the block. Raises Full."""
-        if len(self._conversations) >= self.config.max_sessions:
+    async def conversation(self, bulk: bool = False, client: str = LOCAL) -> AsyncIterator[Conversation]:
+        """A session of `client` (its name in keys.py) while that is there; it ends with the block. Raises Full."""
+        if len(self._conversations) >= self.limits.sessions:
             raise Full(f"{len(self._conversations)} sessions are open, the most this gateway takes: try later")
         conversation = Conversation(
             self.bus,
@@ -107,10 +105,10 @@ class Gateway:
 
     def check_question(self, text: str) -> str:
         """The text itself. Raises ClientError when it is longer than a question may be."""
-        if len(text) > self.config.max_question_chars:
+        if len(text) > self.limits.question_chars:
             raise ClientError(
                 "question_too_long",
-                f"question of {len(text)} characters, at most {self.config.max_question_chars} are allowed",
+                f"question of {len(text)} characters, at most {self.limits.question_chars} are allowed",
                 "text",
             )
         if not text.strip():

@@ -29,6 +29,7 @@ from serve.client_events import (
 )
 from serve.conversation import Conversation, NoCapacity
 from serve.gateway import Full, Gateway
+from serve.keys import subprotocol
 from serve.server_events import ServerEvent, SessionCreated, SessionUpdated, VideoStatus, failure, refusal
 
 log = logging.getLogger(__name__)
@@ -45,11 +46,11 @@ class Closing(Exception):
         self.code = code
 
 
-async def serve_realtime(websocket: WebSocket, gateway: Gateway) -> None:
+async def serve_realtime(websocket: WebSocket, gateway: Gateway, client: str) -> None:
     """Accept a client and stay until its session has ended or it is gone."""
-    await websocket.accept()
+    await websocket.accept(subprotocol(websocket))
     try:
-        async with gateway.conversation() as conversation:
+        async with gateway.conversation(client=client) as conversation:
             await Connection(websocket, gateway, conversation).run()
     except Full as error:
         await _close(websocket, FULL, "sessions_full", str(error))
@@ -117,8 +118,8 @@ class Connection:
     async def _handle(self, text: str | None, data: bytes | None) -> None:
         """One message of the client. Raises ClientError."""
         size = len(text) if text is not None else len(data or b"")
-        if size > self.gateway.config.max_message_bytes:
-            limit = self.gateway.config.max_message_bytes
+        if size > self.gateway.limits.message_bytes:
+            limit = self.gateway.limits.message_bytes
             raise ClientError("too_big", f"message of {size} bytes, at most {limit} are allowed")
         if text is None:
             video_time, image = parse_binary(data or b"")
@@ -187,14 +188,14 @@ class Connection:
                 told = now
 
     async def _watch_idle(self) -> None:
-        limit = self.gateway.config.idle_timeout_s
+        limit = self.gateway.limits.idle_s
         while (idle := time.monotonic() - self._active) < limit:
             await asyncio.sleep(limit - idle)
         raise Closing(POLICY, "idle_timeout", f"nothing was said for {limit:g} s, the longest a session may be idle")
 
     async def _send(self, event: ServerEvent) -> None:
         """One event at a time. Raises Closing when the client does not read."""
-        limit = self.gateway.config.send_timeout_s
+        limit = self.gateway.limits.send_s
         try:
             async with self._sending, asyncio.timeout(limit):
                 await self.websocket.send_text(event.json_text())

@@ -34,7 +34,9 @@ class Recording:
     questions: tuple[tuple[float, str], ...]
 
 
-async def watch(recording: Recording, conversation: Conversation, config: ServeConfig) -> AsyncGenerator[ServerEvent]:
+async def watch(
+    recording: Recording, conversation: Conversation, config: ServeConfig, idle_s: float
+) -> AsyncGenerator[ServerEvent]:
     """The session's events while the video is read, encoded and decided; `conversation` is already open."""
     for video_time, text in recording.questions:
         await conversation.ask(text, video_time)
@@ -48,11 +50,9 @@ async def watch(recording: Recording, conversation: Conversation, config: ServeC
     try:
         waiting = {*tasks, following}
         while True:
-            done, waiting = await asyncio.wait(
-                waiting, timeout=config.idle_timeout_s, return_when=asyncio.FIRST_COMPLETED
-            )
+            done, waiting = await asyncio.wait(waiting, timeout=idle_s, return_when=asyncio.FIRST_COMPLETED)
             if not done:
-                yield failure("idle_timeout", f"nothing happened for {config.idle_timeout_s:g} s")
+                yield failure("idle_timeout", f"nothing happened for {idle_s:g} s")
                 return
             for task in done - {following}:
                 task.result()

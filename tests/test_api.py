@@ -25,6 +25,8 @@ from actors.encoder import build_encoder_worker
 from actors.llm import build_llm_worker
 from serve.api import build_api
 from serve.gateway import Gateway, ServeConfig
+from serve.keys import ApiKeys
+from serve.limits import LimitsConfig
 from serve.server_events import (
     ErrorEvent,
     FrameDecided,
@@ -67,8 +69,15 @@ class Application:
             encoder = build_encoder_worker(self.config, buses[0], "encoder")
             llm = build_llm_worker(self.config, buses[1], "llm")
             loops = [asyncio.create_task(worker.run()) for worker in (encoder, llm) if self.workers]
-            gateway = Gateway(buses[2], llm.fingerprint, self.config.section("serve", ServeConfig))
-            api = build_api(gateway, self.config.model.frames.resolution_px, self.api_key)
+            gateway = Gateway(
+                buses[2],
+                llm.fingerprint,
+                self.config.section("serve", ServeConfig),
+                limits=self.config.section("limits", LimitsConfig),
+            )
+            api = build_api(
+                gateway, self.config.model.frames.resolution_px, ApiKeys([self.api_key] if self.api_key else [])
+            )
             server = uvicorn.Server(uvicorn.Config(api, port=0, log_level="warning", timeout_graceful_shutdown=2))
             serving = asyncio.create_task(server.serve())
             while not server.started:
@@ -100,7 +109,9 @@ def application(
     tiny: dict[str, object], redis_url: str, api_key: str | None = None, workers: bool = True, **serve: object
 ) -> Iterator[str]:
     """The address of an application of its own, with `serve` settings; without `workers` nobody takes its sessions."""
+    limits = {name: serve.pop(name) for name in list(serve) if name in LimitsConfig.model_fields}
     sections = {
+        "limits": limits,
         "model": tiny,
         "bus": {"prefix": f"test-{uuid.uuid4().hex}:", "credits": serve.pop("credits", 32)},
         "serve": {"status_interval_s": 0.05, **serve},
@@ -307,12 +318,12 @@ def test_a_session_that_nobody_takes_is_told_so(tiny: dict[str, object], redis_u
 
 
 def test_an_idle_session_is_closed_with_a_reason(tiny: dict[str, object], redis_url: str) -> None:
-    with application(tiny, redis_url, idle_timeout_s=0.1) as url, live(url) as client:
+    with application(tiny, redis_url, idle_s=0.1) as url, live(url) as client:
         assert client.until(ErrorEvent).error.code == "idle_timeout"
 
 
 def test_a_full_gateway_says_so_and_takes_the_next_when_there_is_room(tiny: dict[str, object], redis_url: str) -> None:
-    with application(tiny, redis_url, max_sessions=1) as url:
+    with application(tiny, redis_url, sessions=1) as url:
         with live(url) as first:
             first.until(SessionCreated)
             with live(url) as second:
@@ -370,7 +381,7 @@ def test_a_bad_post_is_refused_with_what_is_wrong(
 
 
 def test_an_upload_over_the_limit_is_refused_announced_or_not(tiny: dict[str, object], redis_url: str) -> None:
-    with application(tiny, redis_url, max_upload_bytes=1000) as url:
+    with application(tiny, redis_url, upload_bytes=1000) as url:
         announced = httpx.post(f"{url}/v1/videos", files={"video": ("clip.mp4", bytes(2000))})
         boundary = b"--b\r\nContent-Disposition: form-data; name=video; filename=a.mp4\r\n\r\n"
         chunks = [boundary, *[bytes(500)] * 4, b"\r\n--b--\r\n"]

@@ -8,8 +8,8 @@ import pytest
 from ray.serve import Application
 
 from actors.config import Config, ConfigError
-from serve.api import is_loopback
 from serve.app import StartError, build, redis_url, running
+from serve.keys import is_loopback
 
 MODEL = {"model": {"llm": "embedded", "vision": "embedded", "frames": {"resolution_px": 224}}}
 
