@@ -14,18 +14,19 @@ import os
 import random
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from typing import TypedDict, TypeVar
-from urllib.parse import urlsplit
+from typing import TypedDict, TypeVar, cast
 
 from redis import exceptions
-from redis.asyncio import BlockingConnectionPool, ConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 
 from actors import scripts
 from actors.encoder_side import EncoderSide
 from actors.gateway_side import GatewaySide
 from actors.owner_side import OwnerSide
+from actors.redis_address import AddressError, parse
+from actors.redis_client import Command, RedisClient, Script, SingleClient
+from actors.redis_cluster import ClusterClient
+from actors.redis_errors import FAILURES, failure, is_away
+from actors.replicas import ReplicaSide
 from actors.scripts import GROUP
 from actors.session_log import BusConfig, BusError, Entry, Lease, PendingFrame, SessionMeta
 
@@ -35,7 +36,6 @@ log = logging.getLogger(__name__)
 
 OLDEST_VERSION = (6, 2)
 LONGEST_BLOCK_MS = 2000  # below every socket timeout, or a quiet read looks like a dead server
-COMMAND_CONNECTIONS = 16
 CONNECT_RETRY_S = 2.0
 LONGEST_PAUSE_S = 1.0
 QUIET_S = 10.0
@@ -44,35 +44,31 @@ T = TypeVar("T")
 RawEntries = Sequence[tuple[bytes | None, dict[bytes, bytes] | None]]
 
 
+StreamReplies = list[tuple[bytes, RawEntries]]
+
+
 class PendingEntry(TypedDict):
     message_id: bytes
     times_delivered: int
 
 
-class Bus(GatewaySide, EncoderSide, OwnerSide):
+class Bus(GatewaySide, EncoderSide, OwnerSide, ReplicaSide):
     """One process's connection to the session log. Made with `connect`, ended with `close`."""
 
     def __init__(self, config: BusConfig, url: str) -> None:
         super().__init__(config)
-        self.address = _address(url)
-        timeouts = {"socket_timeout": config.timeout_s, "socket_connect_timeout": config.timeout_s}
-        # redis-py repeats commands by itself, for a minute by default; only this module may, in bounded time.
-        once = {"retry": Retry(NoBackoff(), 0), "protocol": 2}
         try:
-            commands = BlockingConnectionPool.from_url(
-                url, max_connections=COMMAND_CONNECTIONS, timeout=config.timeout_s, **timeouts, **once
-            )
-            readers = ConnectionPool.from_url(url, max_connections=1 << 16, **timeouts, **once)
-        except ValueError:
-            raise _bad_address() from None
-        self._redis = Redis.from_pool(commands)
-        self._readers = Redis.from_pool(readers)
-        self._scripts = {name: self._redis.register_script(text) for name, text in scripts.texts().items()}
+            self.address = parse(url)
+        except AddressError as error:
+            raise BusError("redis_address", str(error)) from None
+        kind: type[RedisClient] = ClusterClient if self.address.kind == "cluster" else SingleClient
+        self.client = kind(self.address, config.timeout_s)
+        self._scripts = {name: Script(self.client, text) for name, text in scripts.texts().items()}
         self._retry_s = min(config.retry_s, CONNECT_RETRY_S)
 
     @classmethod
     async def connect(cls, config: BusConfig, url: str | None = None) -> Bus:
-        """Connect to `url`, else `config.url`, else REDIS_URL.
+        """Connect to `url`, else `config.url`, else REDIS_URL; redis_address.py has the forms of an address.
 
         Raises BusError when the server is unreachable, refuses us, is too old, may evict keys, or holds
         a session log with another number of partitions.
@@ -94,8 +90,8 @@ class Bus(GatewaySide, EncoderSide, OwnerSide):
         """Stop reading and close all connections. Tails end."""
         await self.close_tails()
         await self.close_listener()
-        await self._redis.aclose(close_connection_pool=True)
-        await self._readers.aclose(close_connection_pool=True)
+        await self.close_renewals()
+        await self.client.close()
 
     async def generation(self) -> str:
         """Made up when the server was first used; another one means that Redis has lost its data."""
@@ -112,43 +108,44 @@ class Bus(GatewaySide, EncoderSide, OwnerSide):
 
     async def read(self, after: Mapping[str, str], count: int, block_ms: int = 0) -> dict[str, list[Entry]]:
         wait = ("BLOCK", min(block_ms, LONGEST_BLOCK_MS)) if block_ms > 0 else ()
-        redis = self._readers if wait else self._redis
+        ask = self.client.wait if wait else self.client.run
         command = ("XREAD", "COUNT", count, *wait, "STREAMS", *after.keys(), *after.values())
-        replies: list[tuple[bytes, RawEntries]] = await self._call(lambda: redis.execute_command(*command)) or []
-        return {stream.decode(): _entries(entries) for stream, entries in replies}
+        first = next(iter(after))
+        replies = cast(StreamReplies | None, await self._call(lambda: ask(first, command)))
+        return {stream.decode(): _entries(entries) for stream, entries in replies or ()}
 
     async def read_range(self, stream: str, first: str, count: int) -> list[Entry]:
-        command = ("XRANGE", stream, first, "+", "COUNT", count)
-        return _entries(await self._call(lambda: self._redis.execute_command(*command)))
+        return _entries(await self._run(stream, ("XRANGE", stream, first, "+", "COUNT", count)))
 
     async def read_group(self, consumer: str, streams: Sequence[str], count: int) -> list[list[Entry]]:
         commands = [
             ("XREADGROUP", "GROUP", GROUP, consumer, "COUNT", count, "STREAMS", stream, ">") for stream in streams
         ]
-        replies: list[list[tuple[bytes, RawEntries]]] = await self._grouped(streams, commands)
+        replies = cast(list[StreamReplies | None], await self._grouped(streams, commands))
         return [[entry for _, entries in reply or () for entry in _entries(entries)] for reply in replies]
 
     async def stale(self, streams: Sequence[str], idle_ms: int, count: int) -> list[list[tuple[str, int]]]:
         commands = [("XPENDING", stream, GROUP, "IDLE", idle_ms, "-", "+", count) for stream in streams]
-        replies: list[list[PendingEntry]] = await self._grouped(streams, commands)
-        return [[(item["message_id"].decode(), item["times_delivered"]) for item in reply] for reply in replies]
+        replies = cast(list[list[PendingEntry] | None], await self._grouped(streams, commands))
+        return [[(item["message_id"].decode(), item["times_delivered"]) for item in reply or ()] for reply in replies]
 
     async def take_over(self, consumer: str, stream: str, idle_ms: int, entry_ids: Sequence[str]) -> list[Entry]:
-        command = ("XCLAIM", stream, GROUP, consumer, idle_ms, *entry_ids)
-        return _entries(await self._call(lambda: self._redis.execute_command(*command)))
+        return _entries(await self._run(stream, ("XCLAIM", stream, GROUP, consumer, idle_ms, *entry_ids)))
 
     async def wake(self, partition: int) -> None:
-        await self._call(lambda: self._redis.xadd(self.keys.wake(partition), {"s": ""}, maxlen=64, approximate=False))
+        key = self.keys.wake(partition)
+        await self._run(key, ("XADD", key, "MAXLEN", 64, "*", "s", ""))
 
     async def drop(self, stream: str, entry_id: str) -> None:
-        await self._call(lambda: self._redis.xack(stream, GROUP, entry_id))
-        await self._call(lambda: self._redis.xdel(stream, entry_id))
+        await self._run(stream, ("XACK", stream, GROUP, entry_id))
+        await self._run(stream, ("XDEL", stream, entry_id))
 
     async def announcements(self) -> AsyncIterator[str | None]:
         pauses = _pauses()
         while True:
-            pubsub = self._readers.pubsub()
+            pubsub = None
             try:
+                pubsub = await self.client.listener()
                 await pubsub.subscribe(self.keys.ready)
                 yield None
                 pauses = _pauses()
@@ -158,34 +155,46 @@ class Bus(GatewaySide, EncoderSide, OwnerSide):
                         await pubsub.ping()  # a connection that died silently shows when it is written to
                     elif message["type"] == "message":
                         yield message["data"].decode()
-            except (exceptions.ConnectionError, exceptions.TimeoutError) as error:
-                log.warning("redis=%s announcements interrupted: %s", self.address, type(error).__name__)
+            except FAILURES as error:
+                log.warning("%s; announcements are interrupted", failure(error, self.address).text)
                 await asyncio.sleep(next(pauses))
             finally:
-                await pubsub.aclose()
+                if pubsub is not None:
+                    await pubsub.aclose()
 
-    async def _grouped(self, streams: Sequence[str], commands: Sequence[tuple[str | int, ...]]) -> list:
-        """Replies to one command a stream; makes the encoders' group where there is none (data loss, first use)."""
+    async def _grouped(self, streams: Sequence[str], commands: Sequence[Command]) -> list[object]:
+        """Replies to one command a stream, None where its server is away while others answer.
 
-        async def attempt() -> list:
-            replies = await self._pipelined(commands)
-            missing = [stream for stream, reply in zip(streams, replies, strict=True) if _no_group(reply)]
+        Makes the encoders' group where there is none (data loss, first use).
+        """
+
+        async def attempt() -> list[object]:
+            replies = await self.client.run_each(streams, commands)
+            missing = [place for place, reply in enumerate(replies) if _no_group(reply)]
             if missing:
+                of = [streams[place] for place in missing]
                 # An error means that another encoder was quicker.
-                await self._pipelined([("XGROUP", "CREATE", stream, GROUP, "0", "MKSTREAM") for stream in missing])
-                replies = await self._pipelined(commands)
-            for reply in replies:
-                if isinstance(reply, exceptions.RedisError):
-                    raise reply
-            return replies
+                await self.client.run_each(of, [("XGROUP", "CREATE", stream, GROUP, "0", "MKSTREAM") for stream in of])
+                again = await self.client.run_each(of, [commands[place] for place in missing])
+                for place, reply in zip(missing, again, strict=True):
+                    replies[place] = reply
+            return self._without_those_away(streams, replies)
 
         return await self._call(attempt)
 
-    async def _pipelined(self, commands: Sequence[tuple[str | int, ...]]) -> list:
-        pipeline = self._redis.pipeline(transaction=False)
-        for command in commands:
-            pipeline.execute_command(*command, parse_detail=True)  # for XPENDING, whose reply has two forms
-        return await pipeline.execute(raise_on_error=False)
+    def _without_those_away(self, streams: Sequence[str], replies: Sequence[object]) -> list[object]:
+        """None in place of failures that will pass, as long as some stream has answered; raises the others."""
+        away = [reply for reply in replies if isinstance(reply, Exception) and is_away(reply)]
+        for reply in replies:
+            if isinstance(reply, Exception) and (len(away) == len(replies) or not is_away(reply)):
+                raise reply
+        if away:
+            log.warning("%d of %d frames streams do not answer: %s", len(away), len(streams), type(away[0]).__name__)
+        return [None if isinstance(reply, Exception) else reply for reply in replies]
+
+    async def _run(self, key: str, command: Command) -> RawEntries:
+        """The reply to a command whose repetition does no harm."""
+        return cast(RawEntries, await self._call(lambda: self.client.run(key, command)))
 
     async def _call(self, attempt: Callable[[], Awaitable[T]]) -> T:
         """What `attempt` returns, tried again while Redis is away. Raises BusError."""
@@ -195,41 +204,23 @@ class Bus(GatewaySide, EncoderSide, OwnerSide):
         while True:
             try:
                 return await attempt()
-            except exceptions.AuthenticationError as error:
-                text = f"Redis at {self.address} refuses the user or password in its address ({error})"
-                raise BusError("redis_auth", text) from None
-            except (exceptions.ConnectionError, exceptions.TimeoutError, exceptions.ReadOnlyError) as error:
+            except FAILURES as error:
+                problem = failure(error, self.address)
                 pause_s = next(pauses)
-                if loop.time() + pause_s > deadline:
-                    text = f"no answer from Redis at {self.address} ({type(error).__name__}): is it running?"
-                    raise BusError("redis_unreachable", text) from None
+                if not problem.passing or loop.time() + pause_s > deadline:
+                    raise problem.raised() from None
                 await asyncio.sleep(pause_s)
-            except exceptions.RedisError as error:
-                if isinstance(error, exceptions.OutOfMemoryError) or "OOM command" in str(error):
-                    text = f"Redis at {self.address} is full (maxmemory): give it more memory or fewer sessions"
-                    raise BusError("redis_full", text) from None
-                raise BusError("redis_error", f"Redis at {self.address}: {error}") from None
 
     async def _check_server(self) -> None:
-        info = await self._call(lambda: self._redis.info())
-        found = str(info.get("redis_version", "unknown"))
-        parts = tuple(int(part) for part in found.split(".")[:2] if part.isdigit())
-        if parts < OLDEST_VERSION:
-            raise BusError("redis_version", f"Redis at {self.address} is version {found}, expected 6.2 or newer")
-        policy = info.get("maxmemory_policy", "unknown")
-        if policy != "noeviction":
-            raise BusError(
-                "redis_policy",
-                f"Redis at {self.address} has maxmemory-policy {policy}, expected noeviction, or it may drop parts of "
-                "sessions: run `CONFIG SET maxmemory-policy noeviction` and set it in the server's configuration",
-            )
+        for server, info in (await self._call(self.client.infos)).items():
+            _check_info(server, info)
 
     async def _check_partitions(self) -> None:
         partitions, _ = await self._register()
         if partitions != self.config.partitions:
             raise BusError(
                 "redis_partitions",
-                f"the session log at {self.address} (prefix {self.config.prefix!r}) has {partitions} partitions, "
+                f"the session log at {self.address.shown} (prefix {self.config.prefix!r}) has {partitions} partitions, "
                 f"bus.partitions is {self.config.partitions}: use the same number, or another prefix",
             )
 
@@ -238,7 +229,27 @@ class Bus(GatewaySide, EncoderSide, OwnerSide):
         match answer:
             case [bytes(partitions), bytes(generation)] if partitions.isdigit():
                 return int(partitions), generation.decode()
-        raise BusError("redis_error", f"{self.keys.bus} at {self.address} holds {answer!r:.80}, no session log")
+        raise BusError("redis_error", f"{self.keys.bus} at {self.address.shown} holds {answer!r:.80}, no session log")
+
+
+def _check_info(server: str, info: Mapping[str, object]) -> None:
+    """Raises BusError for a server that cannot hold a session log."""
+    if info.get("redis_mode") == "sentinel":
+        raise BusError(
+            "redis_address",
+            f"{server} is a Sentinel: give its address as redis+sentinel://host:port/name-of-its-master",
+        )
+    found = str(info.get("redis_version", "unknown"))
+    parts = tuple(int(part) for part in found.split(".")[:2] if part.isdigit())
+    if parts < OLDEST_VERSION:
+        raise BusError("redis_version", f"Redis at {server} is version {found}, expected 6.2 or newer")
+    policy = info.get("maxmemory_policy", "unknown")
+    if policy != "noeviction":
+        raise BusError(
+            "redis_policy",
+            f"Redis at {server} has maxmemory-policy {policy}, expected noeviction, or it may drop parts of "
+            "sessions: run `CONFIG SET maxmemory-policy noeviction` and set it in the server's configuration",
+        )
 
 
 def _no_group(reply: object) -> bool:
@@ -256,18 +267,3 @@ def _pauses() -> Iterator[float]:
     while True:
         yield pause_s * random.uniform(0.5, 1.5)
         pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
-
-
-def _address(url: str) -> str:
-    """Host and port, for messages: an address may hold a password."""
-    try:
-        parts = urlsplit(url)
-        if parts.scheme not in ("redis", "rediss", "unix"):
-            raise ValueError(parts.scheme)
-        return parts.path if parts.scheme == "unix" else f"{parts.hostname or 'localhost'}:{parts.port or 6379}"
-    except ValueError:
-        raise _bad_address() from None
-
-
-def _bad_address() -> BusError:
-    return BusError("redis_address", "the Redis address is not of the form redis[s]://[user:password@]host:port[/db]")

@@ -32,6 +32,7 @@ class OwnerSide(LogConnection):
     def __init__(self, config: BusConfig) -> None:
         super().__init__(config)
         self._wake_ids = dict.fromkeys(range(config.partitions), "0-0")
+        self._renewals: dict[int, asyncio.Task[list[Lease]]] = {}
 
     async def claim(self, owner: str, fingerprint: str, partition: int, limit: int) -> list[Lease]:
         """Leases on up to `limit` sessions of that model fingerprint that nobody holds (any more)."""
@@ -53,12 +54,41 @@ class OwnerSide(LogConnection):
         return claimed
 
     async def renew(self, leases: Sequence[Lease]) -> list[Lease]:
-        """Prolong leases; returns those that are lost, whose sessions this replica must drop."""
+        """Prolong leases; returns those that are lost, whose sessions this replica must drop.
+
+        A partition whose server is away does not hold up the others': what becomes of its leases is
+        told by a later call. Raises BusError when no partition answers.
+        """
         by_partition: dict[int, list[Lease]] = defaultdict(list)
         for lease in leases:
             by_partition[self.partition(lease.session_id)].append(lease)
-        lost = await asyncio.gather(*(self._renew(partition, held) for partition, held in by_partition.items()))
-        return [lease for some in lost for lease in some]
+        for partition, held in by_partition.items():
+            if partition not in self._renewals:
+                self._renewals[partition] = asyncio.create_task(self._renew(partition, held))
+        if not self._renewals:
+            return []
+        _, slow = await asyncio.wait(self._renewals.values(), return_when=asyncio.FIRST_COMPLETED)
+        if slow:
+            await asyncio.wait(slow, timeout=self.config.renew_ms / 1000)
+        return self._renewed()
+
+    async def close_renewals(self) -> None:
+        """End the renewals that still wait for their server."""
+        for task in self._renewals.values():
+            task.cancel()
+        await asyncio.gather(*self._renewals.values(), return_exceptions=True)
+
+    def _renewed(self) -> list[Lease]:
+        """Leases that the renewals that have ended found lost."""
+        ended = {partition: task for partition, task in self._renewals.items() if task.done()}
+        for partition in ended:
+            del self._renewals[partition]
+        failed = [error for task in ended.values() if (error := task.exception()) is not None]
+        if failed and len(failed) == len(ended):
+            raise failed[0]
+        for error in failed:
+            log.warning("leases of one partition are not renewed: %s", error)
+        return [lease for task in ended.values() if task.exception() is None for lease in task.result()]
 
     async def release(self, lease: Lease) -> bool:
         """Give a lease back so that another replica takes the session at once. False when it was lost."""

@@ -107,7 +107,7 @@ async def test_a_policy_that_evicts_is_refused(server: RedisServer) -> None:
 async def test_a_server_that_is_too_old_is_refused(
     server: RedisServer, monkeypatch: pytest.MonkeyPatch, version: str, accepted: bool
 ) -> None:
-    async def info(self: Redis) -> dict[str, object]:
+    async def info(self: object) -> dict[str, object]:
         return {"redis_version": version, "maxmemory_policy": "noeviction"}
 
     monkeypatch.setattr(Redis, "info", info)

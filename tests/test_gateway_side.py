@@ -220,7 +220,7 @@ async def test_one_reader_follows_all_sessions_of_a_partition(connect) -> None:
         for lease in leases:
             await bus.append(lease, position, [decided(position)], decided=position + 1)
     assert await asyncio.wait_for(asyncio.gather(*tasks), 10) == [[0, 1, 2]] * 24
-    assert len(bus._readers.connection_pool._available_connections) <= 1
+    assert len(bus.client.readers.connection_pool._available_connections) <= 1
 
 
 async def test_a_consumer_that_does_not_read_holds_up_nobody_and_misses_nothing(connect) -> None:
