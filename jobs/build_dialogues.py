@@ -3,8 +3,9 @@
 Reads annotation files (.jsonl, .srt, .vtt: see jobs/annotations.py) and public datasets (jobs/public.py),
 looks at the videos they describe, and writes the folder `data.folder`:
 
-  train.jsonl, validation.jsonl   one dialogue a line (see jobs/dialogues.py), split by video
-  coverage.json                   which videos and texts were used, why others were not, and what it was made from
+  train/, validation/   dialogues in Parquet (see jobs/dialogue_files.py), split by video
+  coverage.json         which videos and texts were used, why others were not, and what it was made from
+  quarantine.jsonl      texts that a language model wrote and that are of no use, with the reason
 
 A video that is missing or cannot be read is reported and left out. The result depends on the files
 and settings only, not on the number of workers. The next step is jobs.encode_frames.
@@ -13,24 +14,19 @@ and settings only, not on the number of workers. The next step is jobs.encode_fr
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
-import json
 import logging
 import os
 import sys
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
-from itertools import islice
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import ray.data
-from pydantic import Field
-from tqdm import tqdm
 
-from actors.config import Config, ConfigError, ModelConfig, Section
+from actors.cache import whole_folder
+from actors.config import Config, ConfigError, ModelConfig
 from actors.video import VideoError
 from jobs.annotations import (
     AnnotationError,
@@ -41,9 +37,12 @@ from jobs.annotations import (
     read_annotations,
 )
 from jobs.cluster import connect
-from jobs.dialogues import SPLITS, DataConfig, Dialogue, split_of, to_line
+from jobs.coverage import Coverage, Result
+from jobs.dialogue_sink import QUARANTINE, DialogueSink
+from jobs.dialogues import SPLITS, DataConfig, split_of
 from jobs.extents import extent_of
 from jobs.program import run
+from jobs.provenance import code_version, file_sha256
 from jobs.public import read_dataset
 from jobs.robustness import write_videos
 from jobs.tasks import copies, dialogues_of
@@ -51,61 +50,6 @@ from jobs.tasks import copies, dialogues_of
 logger = logging.getLogger(__name__)
 
 ROWS_A_TASK = 64
-MOST_REASONS = 20  # said aloud; coverage.json has all
-
-
-class Result(Section):
-    """What became of one annotation row; travels as JSON, since turns of several kinds fit into no Arrow column."""
-
-    video_id: str
-    source: str
-    dataset: str = ""
-    part: str = ""
-    split: str
-    texts: int
-    texts_used: int = 0
-    texts_dropped: dict[str, int] = Field(default_factory=dict)
-    dialogues: tuple[Dialogue, ...] = ()
-    left_out: str | None = None
-
-    @property
-    def key(self) -> tuple[str, str, str, str]:
-        """What no two rows have in common."""
-        return self.video_id, self.dataset, self.part, self.split
-
-
-@dataclass
-class Coverage:
-    """What became of the annotated videos and their texts."""
-
-    videos: int = 0
-    left_out: dict[str, str] = field(default_factory=dict)
-    texts: int = 0
-    texts_used: int = 0
-    texts_dropped: Counter[str] = field(default_factory=Counter)
-    frames: int = 0
-    dialogues: Counter[str] = field(default_factory=Counter)
-    datasets: Counter[str] = field(default_factory=Counter)
-    made_from: dict[str, object] = field(default_factory=dict)
-
-    def to_json(self) -> str:
-        return json.dumps(
-            {
-                "videos": {
-                    "annotated": self.videos,
-                    "used": self.videos - len(self.left_out),
-                    "left_out": self.left_out,
-                },
-                "texts": {"annotated": self.texts, "used": self.texts_used, "dropped": dict(self.texts_dropped)},
-                "dialogues": {split: self.dialogues[split] for split in SPLITS},
-                "dialogues_of_datasets": dict(self.datasets),
-                "frames": self.frames,
-                "made_from": self.made_from,
-            },
-            indent=2,
-            ensure_ascii=False,
-            sort_keys=True,
-        )
 
 
 def build(config: Config) -> Coverage:
@@ -128,15 +72,26 @@ def build(config: Config) -> Coverage:
         .repartition(target_num_rows_per_block=ROWS_A_TASK)
         .map(functools.partial(_build, data=data, system_prompt=system_prompt, weights=weights))
     )
-    done = list(tqdm(rows.iter_rows(), unit="video", disable=None))
-    if problems := sorted(row["problem"] for row in done if row["problem"]):
-        raise AnnotationError("\n".join(problems))
-    results = [Result.model_validate_json(row["result"]) for row in done]
-    # Blocks arrive in any order.
-    results.sort(key=lambda result: (*result.key, result.source))
-    _refuse_repeated(results)
-    coverage = _write(results, Path(data.folder), data, _provenance(results, config))
-    _report(coverage, data)
+    folder = Path(data.folder)
+    provenance = _provenance(config)
+    with ExitStack() as stack:
+        folders = {split: stack.enter_context(whole_folder(folder.absolute() / split)) for split in SPLITS}
+        quarantine = Path(stack.enter_context(TemporaryDirectory(prefix=".quarantine-", dir=folder)))
+        sink = DialogueSink(folders, quarantine.absolute(), provenance)
+        rows.write_datasink(sink)
+        if sink.written.problems:
+            raise AnnotationError("\n".join(sorted(sink.written.problems)))
+        # Blocks arrive in any order.
+        outcomes = sorted(sink.written.outcomes, key=lambda outcome: (*outcome.result.key, outcome.result.source))
+        _refuse_repeated([outcome.result for outcome in outcomes])
+        coverage = Coverage.of(outcomes)
+        if not coverage.dialogues.total():
+            reasons = coverage.reasons() or "the annotation files are empty"
+            raise ConfigError(f"no dialogue could be built from {len(outcomes)} annotated videos: {reasons}")
+        coverage.made_from = provenance | {"sha256": {o.result.source: o.result.sha256 for o in outcomes}}
+        _replace(folder / f"{QUARANTINE}.jsonl", (part.read_text() for part in sorted(quarantine.glob("*.jsonl"))))
+        _replace(folder / "coverage.json", [coverage.to_json(), "\n"])
+    coverage.report(data.folder)
     return coverage
 
 
@@ -156,9 +111,10 @@ def _read(row: Mapping[str, str], datasets: Mapping[str, DatasetConfig]) -> Iter
     name = row["dataset"]
     try:
         for annotation in read_dataset(name, datasets[name]) if name else read_annotations(row["file"]):
-            yield {"annotation": annotation.model_dump_json(), "problem": ""}
+            sha256 = file_sha256(annotation.source)
+            yield {"annotation": annotation.model_dump_json(), "sha256": sha256, "problem": ""}
     except AnnotationError as error:
-        yield {"annotation": "", "problem": str(error)}
+        yield {"annotation": "", "sha256": "", "problem": str(error)}
 
 
 def _build(
@@ -168,7 +124,7 @@ def _build(
         return {"result": "", "problem": row["problem"]}
     annotation = VideoAnnotation.model_validate_json(row["annotation"])
     result = build_video(annotation, data, system_prompt, weights.get(annotation.dataset, 1))
-    return {"result": result.model_dump_json(), "problem": ""}
+    return {"result": result.model_copy(update={"sha256": row["sha256"]}).model_dump_json(), "problem": ""}
 
 
 def build_video(annotation: VideoAnnotation, data: DataConfig, system_prompt: str, weight: float = 1) -> Result:
@@ -213,85 +169,22 @@ def _refuse_repeated(results: list[Result]) -> None:
             )
 
 
-def _provenance(results: list[Result], config: Config) -> dict[str, object]:
-    """What must be the same to make the same dialogues again, but the videos."""
-    hashes = {}
-    for source in sorted({result.source for result in results}):
-        if Path(source).is_file():
-            with open(source, "rb") as file:
-                hashes[source] = hashlib.file_digest(file, "sha256").hexdigest()
+def _provenance(config: Config) -> dict[str, object]:
+    """What must be the same to make the same dialogues again, but the annotation files and videos."""
     return {
-        "version": _version(),
+        "code": code_version(),
         "annotations": config.section("annotations", AnnotationsConfig).model_dump(mode="json"),
         "data": config.section("data", DataConfig).model_dump(mode="json"),
         "system_prompt": config.model.system_prompt,
-        "sha256": hashes,
     }
 
 
-def _version() -> str:
-    try:
-        return version("videollm-online")
-    except PackageNotFoundError:  # run from a folder, as `ray job submit --working-dir` does
-        return "not installed"
-
-
-def _write(results: list[Result], folder: Path, data: DataConfig, made_from: dict[str, object]) -> Coverage:
-    coverage = Coverage(videos=len({result.video_id for result in results}), made_from=made_from)
-    used = {result.video_id for result in results if result.left_out is None}
-    lines: dict[str, list[str]] = {split: [] for split in SPLITS}
-    for result in results:
-        coverage.texts += result.texts
-        coverage.texts_used += result.texts_used
-        coverage.texts_dropped.update(result.texts_dropped)
-        if result.left_out is not None and result.video_id not in used:
-            coverage.left_out[result.video_id] = result.left_out
-        if result.dataset:
-            coverage.datasets[result.dataset] += len(result.dialogues)
-        for dialogue in result.dialogues:
-            coverage.dialogues[result.split] += 1
-            coverage.frames += dialogue.num_frames
-            lines[result.split].append(to_line(dialogue))
-    if not coverage.dialogues:
-        reasons = "; ".join(islice(coverage.left_out.values(), MOST_REASONS)) or "the annotation files are empty"
-        raise ConfigError(f"no dialogue could be built from {len(results)} annotated videos: {reasons}")
-    folder.mkdir(parents=True, exist_ok=True)
-    for split in SPLITS:
-        _replace(folder / f"{split}.jsonl", lines[split])
-    _replace(folder / "coverage.json", [coverage.to_json(), "\n"])
-    return coverage
-
-
-def _replace(path: Path, lines: Iterable[str]) -> None:
+def _replace(path: Path, parts: Iterable[str]) -> None:
     """Write a file whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with temporary.open("w") as file:
-        file.writelines(lines)
+        file.writelines(parts)
     temporary.replace(path)
-
-
-def _report(coverage: Coverage, data: DataConfig) -> None:
-    for reason in islice(coverage.left_out.values(), MOST_REASONS):
-        logger.warning("left out: %s", reason)
-    if len(coverage.left_out) > MOST_REASONS:
-        more = len(coverage.left_out) - MOST_REASONS
-        logger.warning("left out: %s more, listed in %s/coverage.json", more, data.folder)
-    for name, count in sorted(coverage.datasets.items()):
-        logger.info("dataset=%s dialogues=%s", name, count)
-    for reason, count in coverage.texts_dropped.items():
-        logger.info("texts dropped: %s: %s", reason, count)
-    logger.info(
-        "folder=%s videos=%s/%s texts=%s/%s frames=%s dialogues=%s",
-        data.folder,
-        coverage.videos - len(coverage.left_out),
-        coverage.videos,
-        coverage.texts_used,
-        coverage.texts,
-        coverage.frames,
-        " ".join(f"{split}={coverage.dialogues[split]}" for split in SPLITS),
-    )
-    if not coverage.dialogues["train"]:
-        logger.warning("all videos fell into validation: set data.validation_fraction=0 to train on them")
 
 
 if __name__ == "__main__":

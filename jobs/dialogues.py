@@ -4,7 +4,7 @@ This is the second contribution of VideoLLM-online (section 3.3), here for narra
 for it at the first frame, and every text follows the first frame at or after its time. Frames are
 integers on the grid 0, 1/fps, 2/fps, ...; times become frames once, in exact arithmetic.
 
-A dialogue file is JSONL, one `Dialogue` a line:
+A `Dialogue` as JSON (jobs/dialogue_files.py keeps them in files):
 
     {"dialogue_id": "kitchen-narration-0", "task": "narration", "video_id": "kitchen", "video": "/videos/kitchen.mp4",
      "fps": 2.0, "frames": [5, 11], "conversation": [{"role": "system", ...}, {"role": "stream", ...}, ...]}
@@ -15,15 +15,13 @@ A dialogue file is JSONL, one `Dialogue` a line:
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from actors.config import DEFAULT_SYSTEM_PROMPT, Section
 from actors.turns import Assistant, Stream, System, Turn, User
@@ -39,14 +37,12 @@ EGO4D_INSTRUCTION = (
 )
 
 
-class DialogueFileError(ValueError):
-    """A dialogue file is missing or holds something else; names file, line, found and expected."""
-
-
 class DataConfig(Section):
     """Streaming dialogues: where they are, and how they are made from annotations."""
 
-    folder: str = Field(default="runs/dialogues", description="holds train.jsonl, validation.jsonl and coverage.json")
+    folder: str = Field(
+        default="runs/dialogues", description="holds the splits train and validation, and coverage.json"
+    )
     fps: float = Field(default=2.0, gt=0, le=60, description="frames a second; the frame store must have the same")
     max_frames: int = Field(default=1200, ge=1, description="most frames of one dialogue")
     longer: Literal["clip", "split"] = Field(
@@ -159,28 +155,6 @@ def narrate(
         narration.used += len(piece)
     narration.dropped += Counter()  # drops the reasons that never happened
     return narration
-
-
-def read_dialogues(path: str | Path) -> list[Dialogue]:
-    """All dialogues of one file, in its order. Raises DialogueFileError naming the line."""
-    path = Path(path)
-    if not path.is_file():
-        raise DialogueFileError(f"{path}: no such dialogue file: run jobs.build_dialogues, or set data.folder")
-    dialogues = []
-    with path.open() as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                dialogues.append(Dialogue.model_validate_json(line))
-            except ValidationError as error:
-                problem = error.errors()[0]
-                where = ".".join(map(str, problem["loc"])) or "line"
-                raise DialogueFileError(f"{path}:{number}: {where}: {problem['msg']}") from None
-    return dialogues
-
-
-def to_line(dialogue: Dialogue) -> str:
-    """The dialogue as a line of a dialogue file."""
-    return json.dumps(dialogue.model_dump(mode="json"), ensure_ascii=False) + "\n"
 
 
 def _said(

@@ -27,18 +27,19 @@ import torch
 from pydantic import Field
 from tqdm import tqdm
 
-from actors.config import Config, ConfigError, ModelConfig, Section
+from actors.config import Config, ModelConfig, Section
 from actors.encoder import EncoderConfig, FrameEncoder
 from actors.video import VideoError, read_frames
 from actors.vision import VisionError, vision_fingerprint, vision_width
 from actors.weights import WeightsError
-from jobs.annotations import VIDEO_SUFFIXES, video_id
 from jobs.cluster import connect
 from jobs.dataset_files import FEATURES_SUFFIX
-from jobs.dialogues import SPLITS, DataConfig, DialogueFileError, read_dialogues
+from jobs.dialogue_files import DialogueFileError
+from jobs.dialogues import DataConfig
 from jobs.feature_import import take_over
 from jobs.frame_store import FrameStore, StoreError, StoreInfo, VideoWriter
 from jobs.program import run
+from jobs.video_files import find_videos
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +50,8 @@ class StoreConfig(Section):
     folder: str = Field(default="runs/tokens", description="the store")
     videos: tuple[str, ...] = Field(
         default=(),
-        description="video files, folders of videos, dialogue files (.jsonl), and lists with a path a line (.txt); "
-        "default: the videos of the dialogues in data.folder",
+        description="video files, folders and patterns of them, URLs of such (s3, gs, http), dialogues, and lists with "
+        "a path or URL a line (.txt); default: the videos of the dialogues in data.folder",
     )
     batch_size: int = Field(default=16, ge=1, description="frames of one video encoded at once")
     encoders: int = Field(default=1, ge=1, description="processes that encode")
@@ -88,7 +89,7 @@ def encode(config: Config) -> Summary:
     """
     model, data = config.model, config.section("data", DataConfig)
     settings, encoder = config.section("store", StoreConfig), config.section("encoder", EncoderConfig)
-    videos = find_videos(settings, data)
+    videos = find_videos(settings.videos, data.folder)
     info = StoreInfo(
         fingerprint=vision_fingerprint(model),
         vision=model.vision,
@@ -113,36 +114,6 @@ def encode(config: Config) -> Summary:
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in sorted(summary.failed.items()))
         raise EncodingError(f"{len(summary.failed)} of {len(videos)} videos could not be encoded ({summary}):{reasons}")
     return summary
-
-
-def find_videos(settings: StoreConfig, data: DataConfig) -> dict[str, str]:
-    """Absolute paths by video id, in order of id. Raises ConfigError for two videos of one id, or none at all."""
-    sources = settings.videos or [str(Path(data.folder) / f"{split}.jsonl") for split in SPLITS]
-    videos: dict[str, str] = {}
-    for source in sources:
-        for name, path in _videos_of(Path(source)):
-            if videos.setdefault(name, path) != path:
-                raise ConfigError(f"two videos have the id {name!r}: {videos[name]} and {path}; rename one of them")
-    if not videos:
-        raise ConfigError(f"there is no video in {', '.join(sources)}: set store.videos, or run jobs.build_dialogues")
-    return dict(sorted(videos.items()))
-
-
-def _videos_of(source: Path) -> Iterator[tuple[str, str]]:
-    if source.suffix == ".jsonl":
-        for dialogue in read_dialogues(source):
-            if dialogue.video:
-                yield dialogue.video_id, str(Path(dialogue.video).absolute())
-    elif source.is_dir():
-        for path in sorted(source.rglob("*")):
-            if path.suffix.lower() in (*VIDEO_SUFFIXES, FEATURES_SUFFIX):
-                yield video_id(path), str(path.absolute())
-    elif source.suffix == ".txt" and source.is_file():
-        for line in filter(None, map(str.strip, source.read_text().splitlines())):
-            path = source.parent / line
-            yield video_id(path), str(path.absolute())
-    else:
-        yield video_id(source), str(source.absolute())
 
 
 # A row of the pipeline is a chunk: `batch_size` frames of one video, or fewer at its end. `count` says how

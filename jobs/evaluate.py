@@ -47,7 +47,8 @@ from jobs.controls import (
     oracle,
 )
 from jobs.dataset import DatasetError, TrainingSet
-from jobs.dialogues import DataConfig, Dialogue, DialogueFileError, read_dialogues
+from jobs.dialogue_files import DialogueFileError, read_dialogues
+from jobs.dialogues import DataConfig, Dialogue
 from jobs.encode_frames import StoreConfig
 from jobs.evaluation_report import Report, named, report
 from jobs.frame_store import FrameStore, StoreError
@@ -65,7 +66,9 @@ CHUNK_FRAMES = 32
 class EvaluationConfig(Section):
     """What is graded, and how."""
 
-    dialogues: str | None = Field(default=None, description="a dialogue file; default: validation.jsonl of data.folder")
+    dialogues: str | None = Field(
+        default=None, description="a dialogue file, or a split; default: validation of data.folder"
+    )
     folder: str = Field(default="runs/evaluation", description="where the results go; what was there is replaced")
     allow_seen: bool = Field(default=False, description="grade videos the checkpoint was trained on, too")
     before_s: float = Field(default=1.0, ge=0, description="how much earlier than its label a response may come")
@@ -90,7 +93,7 @@ class Played:
 def run_evaluation(config: Config) -> Path:
     """Grade everything and write the folder; its path."""
     settings, session = config.section("evaluation", EvaluationConfig), config.section("session", SessionSettings)
-    source = settings.dialogues or str(Path(config.section("data", DataConfig).folder) / "validation.jsonl")
+    source = settings.dialogues or str(Path(config.section("data", DataConfig).folder) / "validation")
     folder = Path(settings.folder)
     if folder.exists() and any(folder.iterdir()) and not (folder / "metrics.json").exists():
         raise ConfigError(f"{folder} holds something else than an evaluation: choose another evaluation.folder")

@@ -46,7 +46,8 @@ from actors.vision import vision_fingerprint
 from actors.weights import WeightsError
 from jobs.cluster import connect, is_local
 from jobs.dataset import DatasetError, TrainingSet
-from jobs.dialogues import DataConfig, DialogueFileError, read_dialogues, to_line
+from jobs.dialogue_files import DialogueFileError, read_dialogues, to_line
+from jobs.dialogues import DataConfig
 from jobs.encode_frames import StoreConfig
 from jobs.frame_store import FrameStore, StoreError
 from jobs.learner import Learner, TrainingConfig, TrainingError
@@ -113,7 +114,7 @@ def portable(config: Config) -> Config:
 
 def load_data(config: Config, template: Template) -> TrainingSet:
     """The training dialogues with their frame tokens, checked against the model and each other."""
-    dialogues = read_dialogues(Path(config.section("data", DataConfig).folder) / "train.jsonl")
+    dialogues = read_dialogues(Path(config.section("data", DataConfig).folder) / "train")
     folder = config.section("store", StoreConfig).folder
     store = FrameStore.open(folder, expect_fingerprint=vision_fingerprint(config.model))
     return TrainingSet(dialogues, store, template, config.section("training", TrainingConfig).objective)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
 
 import av
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from actors.config import Config, ConfigError
@@ -15,8 +17,10 @@ from actors.video import VideoInfo, read_frames
 from jobs.annotations import AnnotationError, read_annotations
 from jobs.build_dialogues import build, build_video
 from jobs.clock import frame_at
-from jobs.dialogues import DataConfig, read_dialogues
+from jobs.dialogue_files import read_dialogues, read_provenance
+from jobs.dialogues import SPLITS, DataConfig
 from jobs.extents import frames_in
+from jobs.provenance import code_version
 
 # Ray Data warns of its own settings when it copies them.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
@@ -69,13 +73,35 @@ def test_the_result_is_the_same_however_the_files_are_spread(videos: Path, tmp_p
     ]
     (gathered / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     build(settings(gathered, tmp_path / "two", validation_fraction=0.5))
-    for name in ("train.jsonl", "validation.jsonl"):
-        assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
+    for split in SPLITS:
+        one, two = (read_dialogues(tmp_path / name / split) for name in ("one", "two"))
+        assert one == two
+        assert one
     assert sorted(path.name for path in (tmp_path / "one").iterdir()) == [
         "coverage.json",
-        "train.jsonl",
-        "validation.jsonl",
+        "quarantine.jsonl",
+        "train",
+        "validation",
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_rows_and_files_say_what_they_were_made_from(videos: Path, tmp_path: Path) -> None:
+    build(settings(videos, tmp_path / "out", validation_fraction=1, seed=7))
+    files = sorted((tmp_path / "out" / "validation").iterdir())
+    rows = [row for file in files for row in pq.read_table(file).to_pylist()]
+    assert rows
+    for row in rows:
+        assert Path(row["source"]).name == f"{row['video_id']}.srt"
+        assert row["source_sha256"] == hashlib.sha256(Path(row["source"]).read_bytes()).hexdigest()
+    for file in files:
+        made_from = read_provenance(file)
+        assert made_from["data"]["seed"] == 7
+        assert made_from["code"] == code_version()
+    [empty] = (tmp_path / "out" / "train").iterdir()
+    assert pq.read_table(empty).num_rows == 0
+    assert read_dialogues(tmp_path / "out" / "train") == []
 
 
 @pytest.mark.slow
@@ -89,7 +115,7 @@ def test_videos_and_texts_that_cannot_be_used_are_reported(videos: Path, tmp_pat
     assert coverage.left_out.keys() == {"clip0", "clip1", "clip3"}
     assert str(videos / "clip0.mp4") in coverage.left_out["clip0"]
     assert coverage.texts_dropped == {"after the end of the video": 2}
-    assert [d.video_id for d in read_dialogues(tmp_path / "out" / "train.jsonl")] == ["clip2"]
+    assert [d.video_id for d in read_dialogues(tmp_path / "out" / "train")] == ["clip2"]
     written = json.loads((tmp_path / "out" / "coverage.json").read_text())
     assert written["videos"] == {"annotated": 4, "used": 1, "left_out": coverage.left_out}
 
@@ -101,7 +127,7 @@ def test_all_bad_files_are_named_at_once_and_nothing_is_written(videos: Path, tm
         (videos / name).write_text("1\nnow --> later\ntext\n")
     with pytest.raises(AnnotationError, match=r"(?s)clip0.srt:2: .*clip2.srt:2: "):
         build(settings(videos, tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 @pytest.mark.slow

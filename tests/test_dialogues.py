@@ -1,6 +1,5 @@
 import math
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -13,12 +12,9 @@ from jobs.clock import exact, frame_at
 from jobs.dialogues import (
     DataConfig,
     Dialogue,
-    DialogueFileError,
     Narration,
     narrate,
-    read_dialogues,
     split_of,
-    to_line,
 )
 
 FPS = 2.0
@@ -132,23 +128,6 @@ def test_a_video_is_in_one_split_whatever_the_seed_and_more_validation_only_adds
     assert small < large
     assert 25 <= len(small) <= 75
     assert all(split_of(i, 0) == "train" and split_of(i, 1) == "validation" for i in ids)
-
-
-def test_dialogues_read_back_as_they_were_written(tmp_path: Path) -> None:
-    dialogues = narrated((1.2, "Öl."), (3.0, "b"), config=DataConfig(fps=FPS, max_frames=2, longer="split")).dialogues
-    path = tmp_path / "train.jsonl"
-    path.write_text("".join(map(to_line, dialogues)))
-    assert read_dialogues(path) == dialogues
-
-
-def test_a_bad_dialogue_file_names_the_line(tmp_path: Path) -> None:
-    path = tmp_path / "train.jsonl"
-    with pytest.raises(DialogueFileError, match=r"no such dialogue file.*jobs.build_dialogues"):
-        read_dialogues(path)
-    line = to_line(narrated((1.0, "a")).dialogues[0])
-    path.write_text(line + line.replace('"frames": [2, 3]', '"frames": [2, 4]'))
-    with pytest.raises(DialogueFileError, match=r"train.jsonl:2: .*frames is \[2, 4\], but the stream turns have 1"):
-        read_dialogues(path)
 
 
 def test_unknown_settings_are_refused() -> None:

@@ -14,11 +14,10 @@ import pytest
 import torch
 import yaml
 
-from actors.config import Config, ConfigError, ModelConfig
+from actors.config import Config, ModelConfig
 from actors.encoder import EncoderConfig, FrameEncoder
 from actors.video import read_frames
-from jobs.dialogues import DataConfig, Dialogue, to_line
-from jobs.encode_frames import ChunkEncoder, EncodingError, StoreConfig, _decode, _OpenVideo, encode, find_videos
+from jobs.encode_frames import ChunkEncoder, EncodingError, _decode, _OpenVideo, encode
 from jobs.frame_store import FrameStore, StoreError, StoreInfo
 
 # Ray warns about its own settings when it copies them.
@@ -104,38 +103,6 @@ def test_chunks_in_any_order_are_stored_in_their_own(tmp_path: Path, tiny_config
     frames = np.stack([frame.image for frame in read_frames(path, 2.0, 32)])
     expected = FrameEncoder(tiny_configs["live1plus"])(frames)
     torch.testing.assert_close(store.frames("clip"), expected, atol=2e-3, rtol=0)
-
-
-def test_videos_come_from_folders_files_lists_and_dialogues(tmp_path: Path) -> None:
-    for name in ("a.mp4", "deep/b.MKV", "deep/notes.srt"):
-        (tmp_path / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "folder" / name).touch()
-    (tmp_path / "list.txt").write_text("c.mp4\n\n/abs/d.mp4\n")
-    dialogue = Dialogue(
-        dialogue_id="1", task="narration", video_id="e", video="/abs/e.mp4", fps=2.0, frames=(0, 0), conversation=()
-    )
-    (tmp_path / "dialogues.jsonl").write_text(2 * to_line(dialogue))
-    sources = ("folder", "list.txt", "dialogues.jsonl", "f.mp4")
-    settings = StoreConfig(videos=tuple(str(tmp_path / source) for source in sources))
-    assert find_videos(settings, DataConfig()) == {
-        "a": str(tmp_path / "folder/a.mp4"),
-        "b": str(tmp_path / "folder/deep/b.MKV"),
-        "c": str(tmp_path / "c.mp4"),
-        "d": "/abs/d.mp4",
-        "e": "/abs/e.mp4",
-        "f": str(tmp_path / "f.mp4"),
-    }
-
-
-def test_two_videos_of_one_id_are_refused(tmp_path: Path) -> None:
-    settings = StoreConfig(videos=(str(tmp_path / "a" / "x.mp4"), str(tmp_path / "b" / "x.mp4")))
-    with pytest.raises(ConfigError, match=r"two videos have the id 'x': .*a/x\.mp4 and .*b/x\.mp4"):
-        find_videos(settings, DataConfig())
-
-
-def test_no_video_at_all_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"there is no video in .*set store\.videos"):
-        find_videos(StoreConfig(videos=(str(tmp_path),)), DataConfig())
 
 
 def test_a_store_of_another_rate_is_refused_before_anything_is_encoded(settings_of, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from actors import checkpoint
 from actors.config import ModelConfig
 from actors.turns import Assistant, Stream, System, User
 from jobs.annotations import Moment
-from jobs.dialogues import Dialogue, to_line
+from jobs.dialogue_files import to_line
+from jobs.dialogues import Dialogue
 from jobs.evaluate import main, play_of
 from jobs.frame_store import FrameStore
 from jobs.replay import Question

@@ -15,13 +15,14 @@ from jobs.annotations import AnnotationError, AnnotationsConfig, DatasetConfig, 
 from jobs.build_dialogues import build
 from jobs.clock import Extent
 from jobs.dataset import TrainingSet
-from jobs.dialogues import DataConfig, read_dialogues
-from jobs.encode_frames import StoreConfig, find_videos
+from jobs.dialogue_files import read_dialogues
+from jobs.dialogues import DataConfig
 from jobs.feature_import import take_over
 from jobs.features import features_extent
 from jobs.frame_store import FrameStore, StoreInfo
 from jobs.public import READERS, read_dataset
 from jobs.tasks import NARRATIONS, SCENES, copies, dialogues_of
+from jobs.video_files import find_videos
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
 
@@ -59,7 +60,7 @@ def test_datasets_are_mixed_into_the_splits_they_name(datasets: Path, tmp_path: 
         "camera": {"format": "robustness"},
     }
     coverage = build(settings(tmp_path, public, fps=2, mistakes=1))
-    train, validation = (read_dialogues(tmp_path / f"{split}.jsonl") for split in ("train", "validation"))
+    train, validation = (read_dialogues(tmp_path / split) for split in ("train", "validation"))
     tasks = Counter(dialogue.task for dialogue in train)
     assert tasks == {"ego4d_narration": 12, "coin_step": 2 * 12, "robustness": 5}
     assert Counter(dialogue.task for dialogue in validation) == {"ego4d_narration": 4, "coin_step": 11}
@@ -72,7 +73,7 @@ def test_datasets_are_mixed_into_the_splits_they_name(datasets: Path, tmp_path: 
     assert written["dialogues_of_datasets"] == dict(coverage.datasets)
     assert len(written["made_from"]["sha256"][str(datasets / "coin" / "coin.json")]) == 64
     assert written["made_from"]["data"]["mistakes"] == 1
-    videos = find_videos(StoreConfig(), DataConfig(folder=str(tmp_path)))
+    videos = find_videos((), tmp_path)
     assert {"robustness_noise", "robustness_black", "v_lta"} <= videos.keys()
     assert not any(name.startswith("no_video") for name in videos)
 

@@ -21,7 +21,7 @@ from actors.config import Config, ConfigError, ModelConfig
 from actors.dialogue import Template
 from actors.vision import vision_fingerprint
 from jobs.build_dialogues import build
-from jobs.dialogues import to_line
+from jobs.dialogue_files import to_line
 from jobs.encode_frames import encode
 from jobs.frame_store import FrameStore, StoreError
 from jobs.learner import Learner, TrainingConfig
