@@ -8,6 +8,7 @@ import secrets
 from collections.abc import AsyncIterator, Mapping
 from weakref import WeakValueDictionary
 
+from actors.client_side import ClientSide
 from actors.messages import (
     End,
     Frame,
@@ -24,7 +25,6 @@ from actors.session_log import (
     BusError,
     Entry,
     LogConnection,
-    SessionMeta,
     check_session_id,
     log_entry,
     position_of,
@@ -35,7 +35,7 @@ from actors.tails import PartitionTails
 TAIL_BLOCK_MS = 1000
 
 
-class GatewaySide(LogConnection):
+class GatewaySide(ClientSide):
     """What a gateway does for its clients."""
 
     def __init__(self, config: BusConfig) -> None:
@@ -43,38 +43,39 @@ class GatewaySide(LogConnection):
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._tails: dict[int, PartitionTails] = {}
 
-    async def open_session(self, session_id: str, fingerprint: str, settings: SessionSettings) -> None:
-        """A new session that any replica of that model fingerprint may claim. Raises BusError if the id is taken."""
+    async def open_session(
+        self, session_id: str, fingerprint: str, settings: SessionSettings, client: str = ""
+    ) -> None:
+        """A new session that any replica of that model fingerprint may claim. Raises BusError if the id is taken.
+
+        Only `client` may attach to it later; its first connection has the number 1.
+        """
         check_session_id(session_id)
-        partition = self.partition(session_id)
+        partition, ttl_ms = self.partition(session_id), self.config.session_ttl_ms
         answer = await self.script(
             "OPEN",
             [*self.session_keys(session_id), self.keys.leases(partition), self.keys.wake(partition)],
-            [session_id, secrets.token_hex(8), fingerprint, settings.model_dump_json(), self.config.session_ttl_ms],
+            [session_id, secrets.token_hex(8), fingerprint, settings.model_dump_json(), ttl_ms, client],
         )
         if answer != b"ok":
             raise BusError("session_exists", f"session {session_id!r} exists already: choose another id, or resume it")
 
-    async def session_meta(self, session_id: str) -> SessionMeta | None:
-        """What Redis knows of the session, None when it does not exist (any more)."""
-        check_session_id(session_id)
-        partition = self.partition(session_id)
-        keys = [self.keys.meta(partition, session_id), self.keys.leases(partition)]
-        answer = await self.script("META", keys, [session_id])
-        if not isinstance(answer, list):
-            return None
-        flat, held, idle_ms = answer
-        fields = dict(zip(flat[::2], flat[1::2], strict=True))
-        return SessionMeta.from_redis(session_id, fields, bool(held), int(idle_ms))
-
     async def admit_frame(
-        self, session_id: str, time: float, image: bytes, bulk: bool = False, request: int | None = None
+        self,
+        session_id: str,
+        time: float,
+        image: bytes,
+        bulk: bool = False,
+        request: int | None = None,
+        connection: int | None = None,
+        counts: str = "",
     ) -> int | None:
         """Give a frame its seq and queue it for the encoders; None when the session has no credit left.
 
         `request` numbers a client's frames upwards, across gateways: the same number again returns the
-        same seq and admits nothing. Raises BusError for a session that is gone or ends, an image that
-        is too large, or a number older than the last.
+        same seq and admits nothing. `counts` is noted with the frame. Raises BusError for a session that is
+        gone, ends or has a newer connection than `connection`, an image that is too large, or a number older
+        than the last.
         """
         if len(image) > self.config.max_frame_bytes:
             raise BusError(
@@ -84,13 +85,14 @@ class GatewaySide(LogConnection):
         # Redis gives the seq; the one inside the message is a placeholder that readers replace.
         message = encode(Frame(session_id=session_id, seq=0, time=time, image=image))
         limits = (self.config.credits, self.config.max_queued_frames)
+        ttl_ms, attached = self.config.session_ttl_ms, _number(connection)
         announcement = (self.keys.ready, f"{'bulk' if bulk else 'live'}:{partition}")
         async with self._lock(session_id):
             writer, number = (self.name, next(self.numbers)) if request is None else ("", request)
             answer = await self.script(
                 "ADMIT",
                 [*self.session_keys(session_id), self.keys.frames(partition, bulk)],
-                [session_id, writer, number, *limits, repr(time), message, self.config.session_ttl_ms, *announcement],
+                [session_id, writer, number, *limits, repr(time), message, ttl_ms, *announcement, attached, counts],
             )
         match answer:
             case [b"ok", int(seq)]:
@@ -102,10 +104,13 @@ class GatewaySide(LogConnection):
             case _:
                 raise self._closed(session_id, answer)
 
-    async def send(self, session_id: str, message: Query | Interrupt | SettingsChange | End) -> None:
-        """Put a message into the session's input. A query with the last query's id is not sent again.
+    async def send(
+        self, session_id: str, message: Query | Interrupt | SettingsChange | End, connection: int | None = None
+    ) -> None:
+        """Put a message into the session's input. A query with the id of an earlier one is not sent again.
 
-        Raises BusError when too many wait already, the message is too large, or the session is gone.
+        Raises BusError when too many wait already, the message is too large, the session is gone, or it
+        has a newer connection than `connection`.
         """
         data = encode(message)
         if len(data) > self.config.max_message_bytes:
@@ -113,12 +118,13 @@ class GatewaySide(LogConnection):
                 "message_too_large",
                 f"a {message.kind} of {len(data)} bytes, at most {self.config.max_message_bytes} are taken",
             )
+        ttl_ms = self.config.session_ttl_ms
         query_id, most = message.query_id if isinstance(message, Query) else "", self.config.max_pending_inputs
         async with self._lock(session_id):
             answer = await self.script(
                 "SEND",
                 self.session_keys(session_id),
-                [self.name, next(self.numbers), message.kind, query_id, most, data, self.config.session_ttl_ms],
+                [self.name, next(self.numbers), message.kind, query_id, most, data, ttl_ms, _number(connection)],
             )
         if answer == b"full":
             raise BusError(
@@ -189,9 +195,15 @@ class GatewaySide(LogConnection):
         return lock
 
     def _closed(self, session_id: str, answer: object) -> BusError:
+        if answer == [b"taken"]:
+            return BusError("session_taken", f"session {session_id!r} is connected elsewhere since")
         if answer == [b"ended"]:
             return BusError("session_ended", f"session {session_id!r} takes no more input: it has been ended")
         return session_expired(session_id)
+
+
+def _number(connection: int | None) -> int | str:
+    return "" if connection is None else connection
 
 
 class PartitionLog:

@@ -9,12 +9,13 @@ minor version added are ignored, so replicas of two versions can run side by sid
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import msgpack
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import from_json
 
 from actors.config import Section
 
@@ -50,11 +51,26 @@ class SessionSettings(Section):
             return self
         return self.model_copy(update={"threshold": checkpoint})
 
+    @classmethod
+    def tolerant(cls, text: str) -> Self:
+        """From the JSON of another process, which may be newer: settings it has and this one has not are left out."""
+        return cls.model_validate(_known_settings(from_json(text or "{")))
+
     @model_validator(mode="after")
     def _finite(self) -> Self:
         if not math.isfinite(self.threshold):
             raise ValueError(f"threshold is {self.threshold}, expected a finite number")
         return self
+
+
+def _known_settings(value: object) -> object:
+    """Clients and files may not set what is unknown, but a newer replica may: rolling upgrades go on."""
+    if isinstance(value, dict):
+        return {name: setting for name, setting in value.items() if name in SessionSettings.model_fields}
+    return value
+
+
+TolerantSettings = Annotated[SessionSettings, BeforeValidator(_known_settings)]
 
 
 class Message(BaseModel):
@@ -157,7 +173,7 @@ class SettingsChange(Message):
 
     kind = "settings"
     after_seq: int = Field(ge=-1)
-    settings: SessionSettings
+    settings: TolerantSettings
 
 
 class End(Message):
@@ -230,7 +246,7 @@ class SettingsApplied(Message):
     """From here on the session runs with these settings."""
 
     kind = "settings_applied"
-    settings: SessionSettings
+    settings: TolerantSettings
 
 
 class InputRefused(Message):
@@ -275,7 +291,7 @@ class Window(Message):
     in_id: str
     consumed: list[str]
     recent: list[str]
-    settings: SessionSettings
+    settings: TolerantSettings
 
 
 SessionInput = FrameTokens | FrameSkipped | Query | Interrupt | SettingsChange | End

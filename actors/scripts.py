@@ -34,6 +34,11 @@ class Keys:
         """Pub/sub channel, no key: says which frames stream has a new frame."""
         return f"{self.prefix}frames:ready"
 
+    @property
+    def replicas(self) -> list[str]:
+        """Hash of reports by replica, sorted set of when each expires, list of the latest steps of all."""
+        return [f"{self.prefix}replicas:{{replicas}}:{kind}" for kind in ("reports", "deadlines", "steps")]
+
     def frames(self, partition: int, bulk: bool = False) -> str:
         return f"{self.prefix}frames:{'bulk:' if bulk else ''}{{{partition}}}"
 
@@ -42,6 +47,10 @@ class Keys:
 
     def wake(self, partition: int) -> str:
         return f"{self.prefix}wake:{{{partition}}}"
+
+    def places(self, client: str) -> str:
+        """Sorted set: live sessions of a client, or of all, with the time until which they count."""
+        return f"{self.prefix}places:{{{client}}}"
 
     def meta(self, partition: int, session_id: str) -> str:
         return self._session(partition, session_id, "meta")
@@ -82,13 +91,13 @@ redis.call('HSETNX', KEYS[1], 'generation', ARGV[2])
 return redis.call('HMGET', KEYS[1], 'partitions', 'generation')
 """
 
-# KEYS meta, in, out, leases, wake; ARGV session, token, fingerprint, settings, ttl -> ok | exists
+# KEYS meta, in, out, leases, wake; ARGV session, token, fingerprint, settings, ttl, client -> ok | exists
 OPEN = """
 local token = redis.call('HGET', KEYS[1], 'token')
 if token then return token == ARGV[2] and 'ok' or 'exists' end
 redis.call('HSET', KEYS[1], 'token', ARGV[2], 'state', 'open', 'epoch', 0, 'owner', '', 'fingerprint', ARGV[3],
   'settings', ARGV[4], 'admitted', 0, 'decided', 0, 'position', 0, 'first_position', 0, 'in_id', '0-0',
-  'window', '', 'seen', now())
+  'window', '', 'seen', now(), 'client', ARGV[6], 'connection', 1)
 redis.call('DEL', KEYS[2], KEYS[3])
 redis.call('ZADD', KEYS[4], 0, ARGV[1])
 redis.call('XADD', KEYS[5], 'MAXLEN', 64, '*', 's', ARGV[1])
@@ -105,11 +114,68 @@ local held = deadline and tonumber(deadline) > now()
 return {fields, held and 1 or 0, now() - redis.call('HGET', KEYS[1], 'seen')}
 """
 
-# KEYS meta, in, out, frames; ARGV session, writer, request, credits, longest, time, message, ttl, channel, hint
-# -> {ok, seq} | full | late | ended | gone
+# KEYS meta, in, out; ARGV client, token, ttl -> number of the new connection; 0 when there is no such session of his
+ATTACH = """
+local meta = redis.call('HMGET', KEYS[1], 'state', 'client', 'connection', 'attached')
+if not meta[1] or meta[2] ~= ARGV[1] then return 0 end
+if meta[4] == ARGV[2] then return tonumber(meta[3]) end
+redis.call('HSET', KEYS[1], 'connection', meta[3] + 1, 'attached', ARGV[2])
+if meta[1] ~= 'ended' then
+  redis.call('HSET', KEYS[1], 'seen', now())
+  keep(ARGV[3])
+end
+return meta[3] + 1
+"""
+
+# KEYS meta, in, out; ARGV connection, field, text, ttl -> 1 noted, 0 not: another connection, or no session any more
+NOTE = """
+if redis.call('HGET', KEYS[1], 'connection') ~= ARGV[1] then return 0 end
+redis.call('HSET', KEYS[1], ARGV[2], ARGV[3])
+if redis.call('HGET', KEYS[1], 'state') ~= 'ended' then keep(ARGV[4]) end
+return 1
+"""
+
+# KEYS places; ARGV session, most, keep -> 1 counted, 0 full
+PLACE = """
+local time = now()
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', time)
+if not redis.call('ZSCORE', KEYS[1], ARGV[1]) and redis.call('ZCARD', KEYS[1]) >= tonumber(ARGV[2]) then return 0 end
+redis.call('ZADD', KEYS[1], time + ARGV[3], ARGV[1])
+redis.call('PEXPIRE', KEYS[1], ARGV[3])
+return 1
+"""
+
+# KEYS places; ARGV session
+UNPLACE = """
+return redis.call('ZREM', KEYS[1], ARGV[1])
+"""
+
+# KEYS bus; ARGV notice in ms, -1 to stop. Nobody heeds a drain that was announced an hour ago.
+DRAIN = """
+local time, notice = now(), tonumber(ARGV[1])
+if notice < 0 then return redis.call('HDEL', KEYS[1], 'drain', 'drain_at') end
+return redis.call('HSET', KEYS[1], 'drain', time, 'drain_at', time + notice)
+"""
+
+# KEYS bus; ARGV since -> ms until connections close; nothing where no drain concerns who runs since then
+DRAINING = """
+local drain = redis.call('HMGET', KEYS[1], 'drain', 'drain_at')
+if not drain[1] or tonumber(drain[1]) < tonumber(ARGV[1]) or now() - drain[1] > 3600000 then return false end
+return math.max(drain[2] - now(), 0)
+"""
+
+# KEYS bus -> the time
+NOW = """
+redis.call('HLEN', KEYS[1])
+return now()
+"""
+
+# KEYS meta, in, out, frames; ARGV session, writer, request, credits, longest, time, message, ttl, channel, hint,
+# connection ('' of a writer that needs none), counts -> {ok, seq} | full | late | ended | gone | taken
 ADMIT = """
-local meta = redis.call('HMGET', KEYS[1], 'state', 'admitted', 'decided', 'writer', 'request')
+local meta = redis.call('HMGET', KEYS[1], 'state', 'admitted', 'decided', 'writer', 'request', 'connection')
 if not meta[1] then return {'gone'} end
+if ARGV[11] ~= '' and meta[6] ~= ARGV[11] then return {'taken'} end
 local seq, request = tonumber(meta[2]), tonumber(ARGV[3])
 if meta[4] == ARGV[2] and request <= tonumber(meta[5]) then
   if request == tonumber(meta[5]) then return {'ok', seq - 1} end
@@ -118,20 +184,24 @@ end
 if meta[1] ~= 'open' then return {'ended'} end
 if seq - meta[3] >= tonumber(ARGV[4]) or redis.call('XLEN', KEYS[4]) >= tonumber(ARGV[5]) then return {'full'} end
 redis.call('XADD', KEYS[4], '*', 's', ARGV[1], 'n', seq, 't', ARGV[6], 'm', ARGV[7])
-redis.call('HSET', KEYS[1], 'admitted', seq + 1, 'writer', ARGV[2], 'request', ARGV[3], 'seen', now())
+redis.call('HSET', KEYS[1], 'admitted', seq + 1, 'writer', ARGV[2], 'request', ARGV[3], 'seen', now(),
+  'time', ARGV[6], 'counts', ARGV[12])
 keep(ARGV[8])
 redis.call('PUBLISH', ARGV[9], ARGV[10])
 return {'ok', seq}
 """
 
-# KEYS meta, in, out; ARGV writer, number, kind, query_id, most, message, ttl -> ok | full | ended | gone
-# Queries are counted until the log says that they were consumed; other input until the log goes on.
+# KEYS meta, in, out; ARGV writer, number, kind, query_id, most, message, ttl, connection -> ok | full | ended | gone |
+# taken. Queries are counted until the log says that they were consumed; other input until the log goes on. The ids of
+# the latest queries are kept, so that a client that comes back may ask again what may not have arrived.
 SEND = """
 local meta = redis.call('HMGET', KEYS[1], 'state', 'asked', 'consumed', 'changes', 'changes_at', 'position',
-  'sender', 'sent', 'last_query')
+  'sender', 'sent', 'queries', 'connection')
 if not meta[1] then return 'gone' end
+if ARGV[8] ~= '' and meta[10] ~= ARGV[8] then return 'taken' end
 if meta[7] == ARGV[1] and tonumber(ARGV[2]) <= tonumber(meta[8]) then return 'ok' end
-if ARGV[3] == 'query' and meta[9] == ARGV[4] then return 'ok' end
+local queries = meta[9] or '\\n'
+if ARGV[3] == 'query' and queries:find('\\n' .. ARGV[4] .. '\\n', 1, true) then return 'ok' end
 if meta[1] == 'ended' then return 'ended' end
 local most = tonumber(ARGV[5])
 local asked, changes = tonumber(meta[2] or 0), 0
@@ -145,7 +215,9 @@ elseif ARGV[3] ~= 'end' then
 end
 redis.call('XADD', KEYS[2], '*', 'm', ARGV[6])
 redis.call('HSET', KEYS[1], 'asked', asked, 'sender', ARGV[1], 'sent', ARGV[2], 'seen', now())
-if ARGV[3] == 'query' then redis.call('HSET', KEYS[1], 'last_query', ARGV[4]) end
+if ARGV[3] == 'query' then
+  redis.call('HSET', KEYS[1], 'queries', string.sub(queries .. ARGV[4] .. '\\n', -4096))
+end
 if ARGV[3] == 'end' then redis.call('HSET', KEYS[1], 'state', 'ending') end
 keep(ARGV[7])
 return 'ok'
@@ -300,6 +372,44 @@ redis.call('XADD', KEYS[3], string.format('%d-0', meta[3] + 1), 'm', ARGV[2])
 redis.call('HSET', KEYS[1], 'state', 'ended', 'epoch', meta[2] + 1, 'owner', '', 'position', meta[3] + 1)
 keep(ARGV[3])
 return 1
+"""
+
+# KEYS reports, deadlines, steps; ARGV name, report, ttl, most replicas, steps kept, steps... -> 1, 0 when too many
+REPORT = """
+local time = now()
+local gone = redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', time)
+for _, name in ipairs(gone) do
+  redis.call('HDEL', KEYS[1], name)
+  redis.call('ZREM', KEYS[2], name)
+end
+if redis.call('ZCARD', KEYS[2]) >= tonumber(ARGV[4]) and not redis.call('ZSCORE', KEYS[2], ARGV[1]) then return 0 end
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+redis.call('ZADD', KEYS[2], time + ARGV[3], ARGV[1])
+for i = 6, #ARGV do redis.call('RPUSH', KEYS[3], ARGV[i]) end
+redis.call('LTRIM', KEYS[3], -ARGV[5], -1)
+redis.call('PEXPIRE', KEYS[1], ARGV[3])
+redis.call('PEXPIRE', KEYS[2], ARGV[3])
+redis.call('PEXPIRE', KEYS[3], 600 * ARGV[3])
+return 1
+"""
+
+# KEYS reports, deadlines, steps; ARGV name
+RETIRE = """
+redis.call('HDEL', KEYS[1], ARGV[1])
+return redis.call('ZREM', KEYS[2], ARGV[1])
+"""
+
+# KEYS reports, deadlines, steps; ARGV most -> reports that have not expired
+REPORTS = """
+local names = redis.call('ZRANGEBYSCORE', KEYS[2], now(), '+inf', 'LIMIT', 0, ARGV[1])
+local found = {}
+for _, name in ipairs(names) do found[#found + 1] = redis.call('HGET', KEYS[1], name) or nil end
+return found
+"""
+
+# KEYS reports, deadlines, steps -> steps, oldest first
+STEPS = """
+return redis.call('LRANGE', KEYS[3], 0, -1)
 """
 
 

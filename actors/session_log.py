@@ -82,6 +82,8 @@ class SessionMeta(BaseModel):
     `admitted` is the next seq, `decided` the next undecided seq, `position` the next log position and
     `first_position` the first one still there. `held`: a replica has an unexpired lease on it.
     `idle_ms`: time since the client was last heard of. `request`: the last admitted numbered request.
+    `client` opened it, `connection` is the number of its newest connection, `time` that of the last admitted
+    frame in the video; `preferences` and `counts` are what gateways keep there for each other.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -100,6 +102,11 @@ class SessionMeta(BaseModel):
     held: bool
     idle_ms: int
     request: int = -1
+    client: str = ""
+    connection: int = 1
+    time: float = -1.0
+    preferences: str = ""
+    counts: str = ""
 
     @classmethod
     def from_redis(cls, session_id: str, fields: Mapping[bytes, bytes], held: bool, idle_ms: int) -> SessionMeta:
@@ -108,7 +115,7 @@ class SessionMeta(BaseModel):
         if texts.get("writer") != "":  # the numbers of a gateway's own requests mean nothing to others
             texts.pop("request", None)
         try:
-            settings = SessionSettings.model_validate_json(texts.get("settings", ""))
+            settings = SessionSettings.tolerant(texts.get("settings", ""))
             own = {"settings": settings, "window": fields.get(b"window"), "held": held, "idle_ms": max(idle_ms, 0)}
             return cls.model_validate(texts | own)
         except ValidationError as error:
