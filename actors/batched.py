@@ -13,7 +13,7 @@ from torch import Tensor
 
 from actors.attention import ATTENTION, Ragged, Span
 from actors.dialogue import Template
-from actors.engine import EngineConfig, NoCapacity, StepResult
+from actors.engine import EngineConfig, KVUse, NoCapacity, StepResult
 from actors.kv import KVMemory, Region
 from actors.lean import LeanDecoder
 from actors.messages import LogEntry, SessionSettings
@@ -50,6 +50,11 @@ class BatchedEngine:
     @property
     def room(self) -> int:
         return min(self.config.max_sessions - len(self.sessions), self.memory.fitting(self.limits.capacity))
+
+    @property
+    def kv_use(self) -> KVUse:
+        filled = sum(session.fed for session in list(self.sessions.values()))
+        return KVUse(filled, self.memory.positions - self.memory.free_positions, self.memory.positions)
 
     def open(self, session_id: str, settings: SessionSettings) -> Session:
         if len(self.sessions) >= self.config.max_sessions:

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
+from prometheus_client.core import Metric
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
@@ -27,6 +28,8 @@ from actors.bus import Bus, BusError, PendingFrame
 from actors.config import Config, ModelConfig, Section
 from actors.image import MAX_PIXELS, decode_image
 from actors.messages import FrameSkipped, FrameTokens
+from actors.meters import EncoderMeters, counter
+from actors.replicas import Reporter
 from actors.runtime import limit_threads, native_dtype
 from actors.video import fit_square
 from actors.vision import VisionError, load_tower, vision_fingerprint
@@ -152,6 +155,7 @@ class EncoderWorker:
         self.config = config
         self.name = name
         self.counts = Counts()
+        self.meters = EncoderMeters(self._figures)
         # (first frame, last frame, frames, start, end): frames as session:seq, times in Unix seconds.
         self.timeline: deque[tuple[str, str, int, float, float]] = deque(maxlen=TIMELINE)
         self._stopping = asyncio.Event()
@@ -161,6 +165,11 @@ class EncoderWorker:
 
     async def run(self) -> None:
         """Serve the bus until `stop`, then answer what was read. Raises EncoderError if encoding is broken."""
+        reporter = Reporter(self.bus, "encoder", self.name, self.encoder.fingerprint, self.stats, self.meters.registry)
+        async with reporter.running():
+            await self._run()
+
+    async def _run(self) -> None:
         # A thread of its own: torch keeps the number of threads to use by computing thread.
         with ThreadPoolExecutor(1, "encoder", limit_threads, (self.config.threads,)) as thread:
             reading = asyncio.create_task(self._next_batch())
@@ -176,6 +185,14 @@ class EncoderWorker:
                 for task in (reading, publishing):
                     task.cancel()
                 await asyncio.gather(reading, publishing, return_exceptions=True)
+
+    def _figures(self) -> list[Metric]:
+        counts = self.counts
+        return [
+            counter("frames_encoded", "Frames whose tokens were published", counts.encoded),
+            counter("frames_skipped", "Frames that gave no tokens: no picture, or no result", counts.skipped),
+            counter("encode_failures", "Frames that a device failed on; they are tried again", counts.failed),
+        ]
 
     def stop(self) -> None:
         """Let `run` answer the frames it has read and return."""
@@ -270,6 +287,7 @@ class EncoderWorker:
         self.timeline.append((first, last, len(pictures), start, end))
         self.counts.batches += 1
         self.counts.encode_s += end - start
+        self.meters.encoded([picture.pending.entry_id for picture in pictures], start, end)
         self._frame_s = (end - start) / len(pictures)
         return [_answer(picture.pending, frame) for picture, frame in zip(pictures, tokens, strict=True)]
 

@@ -8,7 +8,7 @@ cache; it is what other backends are compared with.
 
 from __future__ import annotations
 
-from typing import Literal, Protocol, Self
+from typing import Literal, NamedTuple, Protocol, Self
 
 from pydantic import Field, model_validator
 
@@ -60,6 +60,14 @@ class EngineConfig(Section):
         return self
 
 
+class KVUse(NamedTuple):
+    """Positions of the KV memory: holding a context, set aside for sessions, and in all."""
+
+    filled: int
+    reserved: int
+    total: int
+
+
 StepResult = list[tuple[str, list[LogEntry]]]
 
 
@@ -73,6 +81,10 @@ class Engine(Protocol):
     @property
     def room(self) -> int:
         """How many more sessions `open` would take."""
+
+    @property
+    def kv_use(self) -> KVUse:
+        """How full the KV memory is; may be asked from any thread."""
 
     def open(self, session_id: str, settings: SessionSettings) -> Session:
         """A new session. Raises NoCapacity when memory is full, SessionError for settings that cannot hold."""

@@ -17,12 +17,16 @@ from collections.abc import Awaitable, Iterator, Sequence
 from functools import partial
 from typing import Literal
 
+from prometheus_client.core import Metric
+
 from actors.backends import build_engine, load_model
 from actors.bus import Bus, BusError, Lease
 from actors.config import Config
 from actors.engine import Engine, EngineConfig, NoCapacity
 from actors.held import Held, LostFrames, read_window, rebuild, stream_order
-from actors.messages import Evicted, LogEntry, MessageError, SessionEnded, encode
+from actors.messages import Evicted, LogEntry, MessageError, Query, SessionEnded, encode
+from actors.meters import LLMMeters, counter, counters, gauge
+from actors.replicas import Reporter
 from actors.session import SessionError
 from actors.stepper import Stepper
 
@@ -62,7 +66,8 @@ class LLMWorker:
         self.threshold = threshold
         self.held: dict[str, Held] = {}
         self._taking: dict[str, Lease] = {}
-        self.stepper = Stepper(engine, self._hand_over)
+        self.meters = LLMMeters(self._figures)
+        self.stepper = Stepper(engine, self._hand_over, self.meters.stepped)
         self._claims = self._lost_leases = 0
         self._outbox: asyncio.Queue[Logged | None] = asyncio.Queue()
         self._stopping = asyncio.Event()
@@ -73,6 +78,11 @@ class LLMWorker:
 
         Raises what broke the step thread or a loop, after releasing the leases.
         """
+        reporter = Reporter(self.bus, "llm", self.name, self.fingerprint, self.stats, self.meters.registry)
+        async with reporter.running():
+            await self._run()
+
+    async def _run(self) -> None:
         self._loop = asyncio.get_running_loop()
         stepping = asyncio.create_task(self.stepper.run())
         appending = asyncio.create_task(self._append_forever())
@@ -97,9 +107,13 @@ class LLMWorker:
         self._loop.call_soon_threadsafe(self._stopping.set)
 
     def stats(self) -> dict[str, object]:
-        """Counters since the start, and the newest steps as (kind, session, first seq, last seq, start, end)."""
+        """Counters since the start, and the newest steps as (kind, session, first seq, last seq, start, end).
+
+        `frames_per_s` is the rate of the newest steps that decided frames, None when there was none.
+        """
         return {
             **self.stepper.counters,
+            "frames_per_s": self.stepper.decision_rate(),
             "claims": self._claims,
             "lost_leases": self._lost_leases,
             "sessions": len(self.held),
@@ -107,6 +121,23 @@ class LLMWorker:
             "waiting_frames": sum(held.session.waiting_frames for held in list(self.held.values())),
             "timeline": list(self.stepper.timeline),
         }
+
+    def _figures(self) -> list[Metric]:
+        said, use = self.stepper.counters, self.engine.kv_use
+        waiting = sum(held.session.waiting_frames for held in list(self.held.values()))
+        rebuilds = [({"cause": "window"}, said["evictions"]), ({"cause": "takeover"}, self._claims)]
+        return [
+            gauge("sessions", "Sessions that a gateway shows or an LLM replica holds", len(self.held)),
+            gauge("waiting_frames", "Frames that are encoded and not decided", waiting),
+            counter("frames_decided", "Frames that are in their session's context", said["frames_decided"]),
+            counter("responses", "Responses begun", said["responses"]),
+            counter("response_tokens", "Tokens spoken", said["tokens"]),
+            counters("rebuilds", "Contexts built anew: the window was full, or a session was taken over", rebuilds),
+            counter("leases_lost", "Sessions lost to another replica", self._lost_leases),
+            gauge("kv_positions_filled", "Positions of the KV memory that hold a context", use.filled),
+            gauge("kv_positions_reserved", "Positions of the KV memory set aside for sessions", use.reserved),
+            gauge("kv_positions", "Positions of the KV memory", use.total),
+        ]
 
     # -- leases ---------------------------------------------------------------------------------
 
@@ -188,6 +219,7 @@ class LLMWorker:
         session_id = held.lease.session_id
         if self.held.pop(session_id, None) is not None:
             self._lost_leases += not held.session.ended
+            self.meters.forget(session_id)
             await self.stepper.call(partial(self.engine.close, session_id))
             self._claim_now.set()
 
@@ -247,6 +279,8 @@ class LLMWorker:
             logger.warning("session=%s epoch=%d has another owner now", held.lease.session_id, held.lease.epoch)
             await self._drop(held)
             return
+        queries = {query.query_id: at for at, query in held.commands.items() if isinstance(query, Query)}
+        self.meters.appended(held.lease.session_id, entries, held.frame_ids, queries)
         first = held.position
         held.position += len(entries)
         for position, entry in enumerate(entries, first):

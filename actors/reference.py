@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache
 
 from actors.dialogue import Template
-from actors.engine import EngineConfig, NoCapacity, StepResult
+from actors.engine import EngineConfig, KVUse, NoCapacity, StepResult
 from actors.messages import LogEntry, SessionSettings
 from actors.model import VideoLLM
 from actors.sampling import decide, sample
@@ -35,6 +35,11 @@ class ReferenceEngine:
     @property
     def room(self) -> int:
         return self.config.max_sessions - len(self.sessions)
+
+    @property
+    def kv_use(self) -> KVUse:
+        filled = sum(session.fed for session in list(self.sessions.values()))
+        return KVUse(filled, filled, self.config.max_sessions * self.limits.capacity)
 
     def open(self, session_id: str, settings: SessionSettings) -> Session:
         if len(self.sessions) >= self.config.max_sessions:

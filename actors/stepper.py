@@ -31,12 +31,16 @@ TIMELINE = 4096
 
 ResultT = TypeVar("ResultT")
 Logged = Callable[[str, list[LogEntry], int], None]
+Stepped = Callable[[int, float], None]
 
 
 class Stepper:
-    """Steps `engine` in a thread of its own; `logged` gets (session, entries, next undecided seq) there."""
+    """Steps `engine` in a thread of its own; `logged` gets (session, entries, next undecided seq) there.
 
-    def __init__(self, engine: Engine, logged: Logged) -> None:
+    `stepped` gets the number of sessions that a step served, and its seconds.
+    """
+
+    def __init__(self, engine: Engine, logged: Logged, stepped: Stepped = lambda sessions, seconds: None) -> None:
         self.engine = engine
         self.counters = dict.fromkeys(
             ("frames_decided", "frames_skipped", "responses", "duplicates", "tokens", "evictions", "steps"), 0
@@ -44,6 +48,7 @@ class Stepper:
         self.step_s = 0.0
         self.timeline: deque[tuple[str, str, int, int, float, float]] = deque(maxlen=TIMELINE)
         self._logged = logged
+        self._stepped = stepped
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._ended = False
@@ -64,6 +69,12 @@ class Stepper:
         """Let `run` return after the step in progress."""
         self._stopping.set()
         self._inbox.put(lambda: None)
+
+    def decision_rate(self) -> float | None:
+        """Frames per second of the newest steps that decided frames; None when there was none."""
+        steps = [step for step in list(self.timeline) if step[0] == "decide"]
+        busy_s = sum(end - start for *_, start, end in steps)
+        return sum(last - first + 1 for _, _, first, last, _, _ in steps) / busy_s if busy_s else None
 
     def post(self, action: Callable[[], None]) -> None:
         """Run `action` between two steps."""
@@ -102,6 +113,7 @@ class Stepper:
             if not idle:
                 self.counters["steps"] += 1
                 self.step_s += time.time() - start
+                self._stepped(len(results), time.time() - start)
             for session_id, entries in results:
                 next_seq = self.engine.sessions[session_id].next_seq
                 self._count(session_id, entries, next_seq - 1, start)
