@@ -24,6 +24,7 @@ SECTIONS = (
     "serve",
     "limits",
     "annotations",
+    "writer",
     "data",
     "store",
     "training",

@@ -36,6 +36,9 @@ ARROW = re.compile(r"\s*(\S+)\s+-->\s+(\S+)(?:\s.*)?$")
 TAG = re.compile(r"</?[A-Za-z][^<>]*>|<\d[\d:.]*>")
 
 
+REWRITABLE = ("ego4d_narration", "ego4d_narration_stream")
+
+
 class AnnotationError(ValueError):
     """An annotation file cannot be read; the message names file, line, what was found and expected."""
 
@@ -104,12 +107,16 @@ class DatasetConfig(Section):
     path: str = Field(default="", description="the folder of its annotations; of captions, the file")
     videos: str = Field(default="", description="the folder of its videos, named by id; or of their features (.pt)")
     weight: float = Field(default=1, gt=0, allow_inf_nan=False, description="how often each part of it is used")
+    conversations: int = Field(default=10, ge=1, description="chats written about each activity of goalstep")
+    rewrite: bool = Field(default=False, description="narrations are rewritten from C's view to yours")
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
         missing = [name for name in ("path", "videos") if not getattr(self, name)]
         if missing and self.format != "robustness":
             raise ValueError(f"format {self.format} needs {' and '.join(missing)}")
+        if self.rewrite and self.format not in REWRITABLE:
+            raise ValueError(f"format {self.format} has nothing to rewrite: {' and '.join(REWRITABLE)} have")
         return self
 
 
@@ -122,8 +129,13 @@ class AnnotationsConfig(Section):
     )
     datasets: dict[str, DatasetConfig] = Field(
         default_factory=dict,
-        description="public datasets by a name of your choice: {format, path, videos, weight}; formats are listed "
-        "in jobs/public.py",
+        description="public datasets by a name of your choice: {format, path, videos, weight, conversations, "
+        "rewrite}; formats are listed in jobs/public.py",
+    )
+    conversations: int = Field(
+        default=1,
+        ge=0,
+        description="chats written about each video of `paths` and of format captions, beside its narration",
     )
 
 

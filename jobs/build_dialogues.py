@@ -18,6 +18,7 @@ import itertools
 import logging
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,8 +27,11 @@ from tempfile import TemporaryDirectory
 import ray.data
 
 from actors.cache import whole_folder
+from actors.causal_lm import EMBEDDED, causal_lm_folder
 from actors.config import Config, ConfigError, ModelConfig
+from actors.embedded import EmbeddedModelError
 from actors.video import VideoError
+from actors.weights import WeightsError
 from jobs.annotations import (
     AnnotationError,
     AnnotationsConfig,
@@ -45,7 +49,10 @@ from jobs.program import run
 from jobs.provenance import code_version, file_sha256
 from jobs.public import read_dataset
 from jobs.robustness import write_videos
+from jobs.row_writing import WrittenRow, needs_writing
 from jobs.tasks import copies, dialogues_of
+from jobs.writer import WriterConfig
+from jobs.writing_stage import write_rows
 
 logger = logging.getLogger(__name__)
 
@@ -65,12 +72,8 @@ def build(config: Config) -> Coverage:
     connect()
     ray.data.DataContext.get_current().enable_progress_bars = sys.stderr.isatty()
     weights = {name: dataset.weight for name, dataset in datasets.items()}
-    rows = (
-        ray.data.from_items(sources, override_num_blocks=min(len(sources), 64))
-        .flat_map(functools.partial(_read, datasets=datasets))
-        # A dataset is read as one block, but built by all workers.
-        .repartition(target_num_rows_per_block=ROWS_A_TASK)
-        .map(functools.partial(_build, data=data, system_prompt=system_prompt, weights=weights))
+    rows = _rows(sources, annotations.model_copy(update={"datasets": datasets}), _writer(config), data).map(
+        functools.partial(_build, data=data, system_prompt=system_prompt, weights=weights)
     )
     folder = Path(data.folder)
     provenance = _provenance(config)
@@ -85,11 +88,11 @@ def build(config: Config) -> Coverage:
         outcomes = sorted(sink.written.outcomes, key=lambda outcome: (*outcome.result.key, outcome.result.source))
         _refuse_repeated([outcome.result for outcome in outcomes])
         coverage = Coverage.of(outcomes)
+        _replace(folder / f"{QUARANTINE}.jsonl", (part.read_text() for part in sorted(quarantine.glob("*.jsonl"))))
         if not coverage.dialogues.total():
             reasons = coverage.reasons() or "the annotation files are empty"
             raise ConfigError(f"no dialogue could be built from {len(outcomes)} annotated videos: {reasons}")
         coverage.made_from = provenance | {"sha256": {o.result.source: o.result.sha256 for o in outcomes}}
-        _replace(folder / f"{QUARANTINE}.jsonl", (part.read_text() for part in sorted(quarantine.glob("*.jsonl"))))
         _replace(folder / "coverage.json", [coverage.to_json(), "\n"])
     coverage.report(data.folder)
     return coverage
@@ -106,15 +109,38 @@ def _located(dataset: DatasetConfig, data: DataConfig) -> DatasetConfig:
     )
 
 
+def _rows(
+    sources: list[dict[str, str]], annotations: AnnotationsConfig, writer: WriterConfig, data: DataConfig
+) -> ray.data.Dataset:
+    """Rows {row: a `WrittenRow` as JSON, sha256 of its file, problem: what was wrong with the file}."""
+
+    def read(sources: list[dict[str, str]]) -> ray.data.Dataset:
+        return (
+            ray.data.from_items(sources, override_num_blocks=min(len(sources), 64))
+            .flat_map(functools.partial(_read, datasets=annotations.datasets))
+            # A dataset is read as one block, but built by all workers.
+            .repartition(target_num_rows_per_block=ROWS_A_TASK)
+        )
+
+    def is_written(source: dict[str, str]) -> bool:
+        return needs_writing(annotations, source["dataset"])
+
+    ready, waiting = [s for s in sources if not is_written(s)], [s for s in sources if is_written(s)]
+    if not waiting:
+        return read(ready)
+    written = write_rows(read(waiting), writer, annotations, data)
+    return written.union(read(ready)) if ready else written
+
+
 def _read(row: Mapping[str, str], datasets: Mapping[str, DatasetConfig]) -> Iterator[dict[str, str]]:
-    """Rows with an annotation as JSON. A bad file becomes a row too: raised here, Ray would log it at length."""
+    """Rows as JSON. A bad file becomes a row too: raised here, Ray would log it at length."""
     name = row["dataset"]
     try:
         for annotation in read_dataset(name, datasets[name]) if name else read_annotations(row["file"]):
-            sha256 = file_sha256(annotation.source)
-            yield {"annotation": annotation.model_dump_json(), "sha256": sha256, "problem": ""}
+            written = WrittenRow(annotation=annotation)
+            yield {"row": written.model_dump_json(), "sha256": file_sha256(annotation.source), "problem": ""}
     except AnnotationError as error:
-        yield {"annotation": "", "sha256": "", "problem": str(error)}
+        yield {"row": "", "sha256": "", "problem": str(error)}
 
 
 def _build(
@@ -122,9 +148,19 @@ def _build(
 ) -> dict[str, str]:
     if row["problem"]:
         return {"result": "", "problem": row["problem"]}
-    annotation = VideoAnnotation.model_validate_json(row["annotation"])
+    written = WrittenRow.model_validate_json(row["row"])
+    annotation = written.annotation
     result = build_video(annotation, data, system_prompt, weights.get(annotation.dataset, 1))
-    return {"result": result.model_copy(update={"sha256": row["sha256"]}).model_dump_json(), "problem": ""}
+    dropped = Counter(result.texts_dropped) + Counter(written.dropped)
+    notes = {
+        "sha256": row["sha256"],
+        "quarantined": written.quarantined,
+        "texts": result.texts + sum(written.dropped.values()),
+        "texts_dropped": dict(dropped),
+    }
+    if written.quarantined and not annotation.moments:
+        notes["left_out"] = f"{annotation.source}: what was written about it is quarantined"
+    return {"result": result.model_copy(update=notes).model_dump_json(), "problem": ""}
 
 
 def build_video(annotation: VideoAnnotation, data: DataConfig, system_prompt: str, weight: float = 1) -> Result:
@@ -169,12 +205,23 @@ def _refuse_repeated(results: list[Result]) -> None:
             )
 
 
+def _writer(config: Config) -> WriterConfig:
+    """The settings with absolute paths, for processes in other folders. Finds out whether there is such a model."""
+    writer = config.section("writer", WriterConfig)
+    model = writer.model
+    if writer.backend == "transformers":
+        folder = causal_lm_folder(writer.model)
+        model = model if model == EMBEDDED else str(folder.absolute())
+    return writer.model_copy(update={"model": model, "folder": str(Path(writer.folder).absolute())})
+
+
 def _provenance(config: Config) -> dict[str, object]:
     """What must be the same to make the same dialogues again, but the annotation files and videos."""
     return {
         "code": code_version(),
         "annotations": config.section("annotations", AnnotationsConfig).model_dump(mode="json"),
         "data": config.section("data", DataConfig).model_dump(mode="json"),
+        "writer": config.section("writer", WriterConfig).model_dump(mode="json"),
         "system_prompt": config.model.system_prompt,
     }
 
@@ -193,7 +240,12 @@ if __name__ == "__main__":
             build,
             module="jobs.build_dialogues",
             about=__doc__,
-            sections={"model": ModelConfig, "annotations": AnnotationsConfig, "data": DataConfig},
-            user_errors=(AnnotationError,),
+            sections={
+                "model": ModelConfig,
+                "annotations": AnnotationsConfig,
+                "writer": WriterConfig,
+                "data": DataConfig,
+            },
+            user_errors=(AnnotationError, WeightsError, EmbeddedModelError),
         )
     )

@@ -72,19 +72,16 @@ def read_activities(folder: Path, videos: Mapping[str, Extent]) -> Iterator[Acti
         for video in read_json(folder / name, TypeAdapter(_File), EGO4D).videos:
             if extent := videos.get(video.video_uid):
                 for steps in _levels(video.segments):
-                    yield _activity(video.video_uid, steps, extent)
+                    yield activity_of(video.video_uid, [_moment(step) for step in steps], extent)
 
 
 def read_goalstep(folder: Path) -> Iterator[VideoAnnotation]:
-    """A row an activity, its steps as moments, for chats that are written by rule (jobs/template_chat.py)."""
+    """A row an activity, its steps as moments, for chats to be written about them (jobs/chat_writing.py)."""
     for split, name in FILES.items():
         path = folder / name
         for video in read_json(path, TypeAdapter(_File), EGO4D).videos:
             for number, steps in enumerate(_levels(video.segments)):
-                moments = [
-                    Moment(time=step.start_time, stop=step.end_time, text=step.step_description.strip())
-                    for step in steps
-                ]
+                moments = [_moment(step) for step in steps]
                 yield VideoAnnotation(
                     video_id=video.video_uid,
                     video="",
@@ -96,6 +93,14 @@ def read_goalstep(folder: Path) -> Iterator[VideoAnnotation]:
                 )
 
 
+def activity_of(video_id: str, steps: Sequence[Moment], video: Extent) -> Activity:
+    """Steps as what is told and asked of a language model; times beyond the video are those of its last frame."""
+    told = "\n".join(f"{s.time:.2f}s-{s.time if s.stop is None else s.stop:.2f}s: {s.text}" for s in steps)
+    times = [time for step in steps for time in (step.time, step.stop) if time is not None]
+    frames = {video.at(time) for time in times}
+    return Activity(video_id, PROMPT.format(steps=told), tuple(frame / video.fps for frame in sorted(frames)))
+
+
 def _levels(steps: Sequence[_Step]) -> Iterator[Sequence[_Step]]:
     if steps:
         yield steps
@@ -103,7 +108,5 @@ def _levels(steps: Sequence[_Step]) -> Iterator[Sequence[_Step]]:
             yield from _levels(step.segments)
 
 
-def _activity(video_id: str, steps: Sequence[_Step], video: Extent) -> Activity:
-    told = "\n".join(f"{s.start_time:.2f}s-{s.end_time:.2f}s: {s.step_description.strip()}" for s in steps)
-    frames = {video.at(time) for step in steps for time in (step.start_time, step.end_time)}
-    return Activity(video_id, PROMPT.format(steps=told), tuple(frame / video.fps for frame in sorted(frames)))
+def _moment(step: _Step) -> Moment:
+    return Moment(time=step.start_time, stop=step.end_time, text=step.step_description.strip())

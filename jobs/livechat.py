@@ -41,6 +41,12 @@ def parse_chat(words: str, eos: str = "<|eot_id|>") -> list[Moment]:
     return messages
 
 
+def to_words(messages: Sequence[Moment]) -> str:
+    """Messages as a model should write them: the form that `parse_chat` reads."""
+    roles = {role: words for words, role in ROLES.items()}
+    return "\n".join(f"{message.time:.2f}s {roles[message.role]}{message.text}" for message in messages)
+
+
 def unfit(messages: Sequence[Moment]) -> str | None:
     """Why a chat is of no use, or None."""
     lasts = messages[-1].time - messages[0].time if messages else 0

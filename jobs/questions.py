@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+
 PAST = (
     "What did I just do?",
     "What have I done so far?",
@@ -158,3 +161,16 @@ NEXT = (
     "What is my next move?",
     "Will there be another step?",
 )
+
+# Words that fit a task which is done step by step, and not just anything that is seen.
+_TASK = re.compile(
+    r"\b(?:step|steps|task|plan|process|part|parts|list|job|goal|progress|finish|finished|complete|completed|done|"
+    r"prepare|ready|need|supposed|should|proceed|guide|missing|forgotten|work|working|worked|tick|left|instruction|"
+    r"continue|suggest|help|my|do|I|we)\b",
+    re.IGNORECASE,
+)
+
+
+def about_anything(questions: Sequence[str]) -> tuple[str, ...]:
+    """Those of `questions` that can be asked about any video."""
+    return tuple(question for question in questions if not _TASK.search(question))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from actors.turns import Assistant, Stream, System, Turn
-from jobs import chat, coin, lta, nlq, robustness, template_chat
+from jobs import chat, coin, lta, nlq, robustness
 from jobs.annotations import VideoAnnotation
 from jobs.augmentation import augment
 from jobs.clock import Extent
@@ -32,7 +32,9 @@ def _drawless(scenes: Callable[[VideoAnnotation, Extent], Iterator[Scene]]) -> S
 SCENES: Mapping[str, Scenes] = {
     "chat": chat.scenes,
     "generated_chat": chat.scenes,
-    "goalstep": template_chat.scenes,
+    "live_chat": chat.scenes,
+    "caption_chat": chat.scenes,
+    "goalstep": _drawless(lambda _row, _video: iter(())),  # of which no step is in the video: nothing was written
     "nlq": nlq.scenes,
     "lta": _drawless(lta.scenes),
     "robustness": _drawless(robustness.scenes),

@@ -1,58 +1,84 @@
-"""Chats about GoalStep activities written by rule, from the steps alone: no language model is needed.
+"""Chats written by rule, from the annotations alone: no language model is needed.
 
-The user asks up to three questions at drawn times, about what was, is or comes next; the assistant
-answers from the steps, and says each step when it starts. A row used several times (its dataset's
-weight) becomes as many different chats; the paper has ten a video. VideoLLM-online, section 3.3.
+The user asks at given times about what was, is or comes next; the assistant answers from what is
+annotated, and says everything when it starts. Steps of an activity are labels ("cut the onion"),
+captions are sentences ("You cut the onion."): each has its own words. VideoLLM-online, section 3.3.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from jobs import chat
-from jobs.annotations import Moment, VideoAnnotation
-from jobs.clock import Extent
-from jobs.livechat import unfit
-from jobs.questions import CURRENT, NEXT, PAST
-from jobs.scenes import Scene
-
-QUESTIONS = 3
+from jobs.annotations import Moment
+from jobs.questions import CURRENT, PAST
 
 
-def scenes(row: VideoAnnotation, video: Extent, rng: random.Random) -> Iterator[Scene]:
-    """One chat about the row's steps; none if it would be shorter or longer than chats should be."""
-    steps = [step for step in row.moments if step.time <= video.duration]
-    if not steps:
-        return
-    messages = converse(steps, video.duration, rng)
-    if unfit(messages) is None:
-        yield from chat.scenes(row.model_copy(update={"moments": tuple(messages)}), video, rng)
+@dataclass(frozen=True)
+class Phrases:
+    """What the assistant says around a text, and where there is none to say."""
+
+    past: str
+    no_past: str
+    current: str
+    no_current: str
+    next: str
+    no_next: str
+    started: str
+    done: str
 
 
-def converse(steps: Sequence[Moment], duration: float, rng: random.Random) -> list[Moment]:
-    """Questions, answers and what the assistant says by itself, in order of time, from the first question on."""
-    first, last = steps[0].time, min(max(step.stop or step.time for step in steps), duration)
-    asked = sorted({round(rng.uniform(first, last), 1) for _ in range(rng.randint(1, QUESTIONS))})
+STEPS = Phrases(
+    past="You have finished this step: {}.",
+    no_past="No step is finished yet.",
+    current="You are at this step: {}.",
+    no_current="You are between two steps.",
+    next="The next step is: {}.",
+    no_next="No step is left after this one.",
+    started="Now {}.",
+    done="Well done, that was the last step.",
+)
+CAPTIONS = Phrases(
+    past="Before this: {}",
+    no_past="There was nothing to tell before this.",
+    current="{}",
+    no_current="There is nothing to tell right now.",
+    next="After this: {}",
+    no_next="There is nothing more to come.",
+    started="{}",
+    done="",
+)
+
+
+def converse(
+    told: Sequence[Moment], duration: float, asked: Sequence[tuple[float, str]], phrases: Phrases
+) -> list[Moment]:
+    """Questions, answers and what the assistant says by itself, in order of time, from the first question on.
+
+    `asked` are the times and questions. What starts at the time of a question is part of its answer.
+    """
+    first = min(time for time, _ in asked)
+    last = min(max(moment.stop or moment.time for moment in told), duration)
     messages: list[tuple[float, int, Moment]] = []
-    for time in asked:
-        questions = rng.choice((PAST, CURRENT, NEXT))
-        answer = _answer(questions, time, steps)
-        messages.append((time, 0, Moment(time=time, text=rng.choice(questions), role="user")))
-        messages.append((time, 1, Moment(time=time, text=answer)))
-    started = [step for step in steps if step.time > asked[0]]
-    messages += [(step.time, 2, Moment(time=step.time, text=f"Now {step.text}.")) for step in started]
-    if last > asked[0]:
-        messages.append((last, 3, Moment(time=last, text="Well done, that was the last step.")))
+    for time, question in asked:
+        messages.append((time, 0, Moment(time=time, text=question, role="user")))
+        messages.append((time, 1, Moment(time=time, text=_answer(question, time, told, phrases))))
+    messages += [
+        (moment.time, 2, Moment(time=moment.time, text=phrases.started.format(moment.text)))
+        for moment in told
+        if moment.time > first
+    ]
+    if last > first and phrases.done:
+        messages.append((last, 3, Moment(time=last, text=phrases.done)))
     return [message for _, _, message in sorted(messages, key=lambda item: item[:2])]
 
 
-def _answer(questions: Sequence[str], time: float, steps: Sequence[Moment]) -> str:
-    if questions is PAST:
-        done = [step.text for step in steps if (step.stop or step.time) <= time]
-        return f"You have finished this step: {done[-1]}." if done else "No step is finished yet."
-    if questions is CURRENT:
-        at = [step.text for step in steps if step.time <= time <= (step.stop or step.time)]
-        return f"You are at this step: {at[-1]}." if at else "You are between two steps."
-    ahead = [step.text for step in steps if step.time > time]
-    return f"The next step is: {ahead[0]}." if ahead else "No step is left after this one."
+def _answer(question: str, time: float, told: Sequence[Moment], phrases: Phrases) -> str:
+    if question in PAST:
+        over = [moment.text for moment in told if (moment.stop or moment.time) <= time]
+        return phrases.past.format(over[-1]) if over else phrases.no_past
+    if question in CURRENT:
+        now = [moment.text for moment in told if moment.time <= time <= (moment.stop or moment.time)]
+        return phrases.current.format(now[-1]) if now else phrases.no_current
+    ahead = [moment.text for moment in told if moment.time > time]
+    return phrases.next.format(ahead[0]) if ahead else phrases.no_next

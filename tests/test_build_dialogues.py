@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import av
@@ -115,7 +116,7 @@ def test_videos_and_texts_that_cannot_be_used_are_reported(videos: Path, tmp_pat
     assert coverage.left_out.keys() == {"clip0", "clip1", "clip3"}
     assert str(videos / "clip0.mp4") in coverage.left_out["clip0"]
     assert coverage.texts_dropped == {"after the end of the video": 2}
-    assert [d.video_id for d in read_dialogues(tmp_path / "out" / "train")] == ["clip2"]
+    assert {d.video_id for d in read_dialogues(tmp_path / "out" / "train")} == {"clip2"}
     written = json.loads((tmp_path / "out" / "coverage.json").read_text())
     assert written["videos"] == {"annotated": 4, "used": 1, "left_out": coverage.left_out}
 
@@ -146,6 +147,38 @@ def test_no_dialogue_at_all_is_an_error_that_says_why(videos: Path, tmp_path: Pa
         video.unlink()
     with pytest.raises(ConfigError, match=r"no dialogue could be built from 4 annotated videos: .*clip0.mp4"):
         build(settings(videos, tmp_path / "out"))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_a_model_writes_is_judged_kept_and_not_written_again(
+    tiny_models: Path, videos: Path, tmp_path: Path
+) -> None:
+    """The tiny model babbles: nothing it writes is a chat."""
+    config = settings(videos, tmp_path / "out", validation_fraction=0)
+    texts = tmp_path / "texts"
+    config.sections["annotations"]["conversations"] = 2
+    config.sections["writer"] = {
+        "backend": "transformers",
+        "model": str(tiny_models / "llm_live1"),
+        "dtype": "float32",
+        "max_new_tokens": 12,
+        "folder": str(texts),
+        "cpus": 0.5,
+    }
+    coverage = build(config)
+    assert coverage.quarantined.total() == 4 * 2
+    assert coverage.left_out == {}
+    rows = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
+    assert Counter(row["reason"] for row in rows) == coverage.quarantined
+    assert all("You go on." in row["prompt"] for row in rows)
+    assert json.loads((tmp_path / "out" / "coverage.json").read_text())["quarantined"] == dict(coverage.quarantined)
+    kept = {path: path.stat().st_mtime_ns for path in texts.rglob("*.json")}
+    assert 1 <= len(kept) <= 4 * 2
+    first = read_dialogues(tmp_path / "out" / "train")
+    build(config)
+    assert {path: path.stat().st_mtime_ns for path in texts.rglob("*.json")} == kept
+    assert read_dialogues(tmp_path / "out" / "train") == first
 
 
 @pytest.mark.parametrize("fps", [1, 2, 3, 5, 29.97])
