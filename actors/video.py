@@ -23,7 +23,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
-from actors.video_file import FORMATS, VideoError, VideoFile, decode, decode_from, inspect
+from actors.video_file import FORMATS, MAX_PIXELS, VideoError, VideoFile, decode, decode_from, inspect
 
 __all__ = ["FORMATS", "VideoError", "VideoFrame", "VideoInfo", "encode_jpeg", "fit_square", "probe", "read_frames"]
 
@@ -55,9 +55,9 @@ class VideoFrame(NamedTuple):
     image: np.ndarray
 
 
-def probe(path: str | Path) -> VideoInfo:
+def probe(path: str | Path, max_pixels: int = MAX_PIXELS) -> VideoInfo:
     """Size, rate and length of a video, from its packets and its first frame. Raises VideoError."""
-    video = inspect(Path(path))
+    video = inspect(Path(path), max_pixels)
     duration = float(video.length * video.time_base)
     fps = video.frames / duration if duration > 0 else 0.0
     return VideoInfo(duration, fps, video.width, video.height, video.frames)

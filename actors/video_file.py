@@ -29,6 +29,8 @@ FORMATS = (
     "h264,hevc,m4v,obu,jpeg_pipe,png_pipe,webp_pipe,bmp_pipe"
 )
 
+MAX_PIXELS = 8192 * 4320  # of one picture; an uncompressed one of this size takes 106 MB
+
 # Containers with an index of key frames; seeking in others can land in the middle of one.
 INDEXED_FORMATS = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi"}
 
@@ -62,10 +64,10 @@ class VideoFile:
         return self.timeline is not None and self.format in INDEXED_FORMATS
 
 
-def inspect(path: Path) -> VideoFile:
-    """Read all packets without decoding them, and the first frame."""
+def inspect(path: Path, max_pixels: int = MAX_PIXELS) -> VideoFile:
+    """Read all packets without decoding them, and the first frame. Its picture has `max_pixels` at most."""
     with _open(path) as container:
-        stream, time_base = _video_stream(path, container)
+        stream, time_base = _video_stream(path, container, max_pixels)
         declared = float((stream.duration or 0) * time_base)
         stamps: list[int] = []
         frames = end = 0
@@ -144,14 +146,15 @@ def _open(path: Path) -> InputContainer:
     if path.stat().st_size == 0:
         raise VideoError(f"{path}: empty (0 bytes), expected a video file")
     try:
-        return av.open(f"file:{path}", options={"format_whitelist": FORMATS}, metadata_errors="ignore")
+        options = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
+        return av.open(f"file:{path}", options=options, metadata_errors="ignore")
     except (FFmpegError, OSError) as error:
         raise VideoError(
             f"{path}: not a readable video ({error.strerror}), expected a complete MP4, Matroska, WebM or AVI file"
         ) from None
 
 
-def _video_stream(path: Path, container: InputContainer) -> tuple[VideoStream, Fraction]:
+def _video_stream(path: Path, container: InputContainer, max_pixels: int = MAX_PIXELS) -> tuple[VideoStream, Fraction]:
     """The stream and its time base, in seconds."""
     stream = container.streams.best("video")
     if not isinstance(stream, VideoStream) or stream.disposition & Disposition.attached_pic:
@@ -159,5 +162,11 @@ def _video_stream(path: Path, container: InputContainer) -> tuple[VideoStream, F
         raise VideoError(f"{path}: holds no video stream (found: {found})")
     if stream.time_base is None:
         raise VideoError(f"{path}: its video stream has no time base, expected timed frames")
+    codec = stream.codec_context
+    if codec.width * codec.height > max_pixels:
+        raise VideoError(
+            f"{path}: pictures of {codec.width}x{codec.height} pixels, at most {max_pixels:,} in all are decoded"
+        )
+    codec.options = {"max_pixels": str(max_pixels)}  # for pictures that are larger than the header says
     stream.thread_count = 1  # readers share a machine: each keeps to one core
     return stream, stream.time_base
