@@ -234,7 +234,7 @@ class Bus(GatewaySide, EncoderSide, OwnerSide, ReplicaSide):
 
 def _check_info(server: str, info: Mapping[str, object]) -> None:
     """Raises BusError for a server that cannot hold a session log."""
-    if info.get("redis_mode") == "sentinel":
+    if "sentinel" in (info.get("redis_mode"), info.get("server_mode")):
         raise BusError(
             "redis_address",
             f"{server} is a Sentinel: give its address as redis+sentinel://host:port/name-of-its-master",

@@ -48,7 +48,7 @@ def failure(error: Exception, address: RedisAddress) -> Failure:
     for cause in causes:
         if isinstance(cause, exceptions.AuthenticationError | exceptions.AuthenticationWrongNumberOfArgsError):
             return Failure(False, "redis_auth", f"{where} refuses the user or password in its address ({cause})")
-        if isinstance(cause, exceptions.NoPermissionError):
+        if isinstance(cause, exceptions.NoPermissionError) or "ACL failure in script" in str(cause):
             text = f"{where} does not let the user in its address do this ({cause}): docs/clusters.md lists the rights"
             return Failure(False, "redis_auth", text)
     if isinstance(error, exceptions.MovedError) and address.kind == "single":
@@ -83,7 +83,12 @@ def _away(error: Exception, causes: list[BaseException], address: RedisAddress) 
         return (
             f"the Redis Cluster at {address.shown} cannot serve all keys ({type(error).__name__}): are its masters up?"
         )
-    return f"no answer from {where} ({type(error).__name__}): is it running?"
+    hint = ""
+    if address.tls is not None:
+        hint = " And does it speak TLS there? Else the address begins with redis."
+    elif "closed by server" in str(error):
+        hint = " And does it expect TLS? Then the address begins with rediss."
+    return f"no answer from {where} ({type(error).__name__}): is it running?{hint}"
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

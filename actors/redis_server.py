@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from urllib.parse import quote
 
 START_TIMEOUT_S = 10.0
 STOP_TIMEOUT_S = 5.0
@@ -51,13 +52,13 @@ class RedisServerError(RuntimeError):
 class RedisServer:
     """`with RedisServer() as url:` runs a server of our own; `url` holds its password: do not log it.
 
-    `settings` are lines of its configuration. Started again after `stop`, it has the same address and no data.
+    `settings` are lines of its configuration; the password is made up where none is given. Started again after `stop`, it has the same address and no data.
     """
 
-    def __init__(self, settings: Mapping[str, str] | None = None) -> None:
+    def __init__(self, settings: Mapping[str, str] | None = None, password: str | None = None) -> None:
         self.settings = SETTINGS | dict(settings or {})
         self.port: int | None = None
-        self._password = secrets.token_urlsafe(24)
+        self._password = password or secrets.token_urlsafe(24)
         self._process: subprocess.Popen[bytes] | None = None
         self._folder: Path | None = None
 
@@ -72,7 +73,7 @@ class RedisServer:
             self._launch(binary, port)
             if self._answers(port):
                 self.port = port
-                return f"redis://:{self._password}@127.0.0.1:{port}/0"
+                return f"redis://:{quote(self._password, safe='')}@127.0.0.1:{port}/0"
             problem = self._last_words()
             self.stop()
         raise RedisServerError(f"the embedded Redis server ({binary}) does not start: {problem}; or set REDIS_URL")
