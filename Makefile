@@ -6,13 +6,14 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo serve test test-slow lint
+.PHONY: help demo serve test test-slow cluster-test lint
 
 help:
 	@echo 'make demo [VIDEO=path]  stream a video through the whole system and print what it says'
 	@echo 'make serve              keep the same application up'
 	@echo 'make test               the fast tests'
 	@echo 'make test-slow          the tests with Ray clusters and the embedded models'
+	@echo 'make cluster-test       every job on a Ray cluster of two network namespaces (as root)'
 	@echo 'make lint               formatting, lint, types and import rules'
 	@echo 'Set PYTHON to choose the interpreter (3.11 or 3.12) for the environment in $(VENV).'
 
@@ -23,11 +24,14 @@ serve: $(INSTALLED)
 	$(RUN) -m serve.app
 
 test: $(INSTALLED)
-	$(RUN) -m pytest -m "not slow and not gpu"
+	$(RUN) -m pytest -m "not slow and not gpu and not cluster"
 
 test-slow: $(INSTALLED)
 	@status=0; $(RUN) -m pytest -m "slow and not gpu" || status=$$?; \
 	if [ $$status -eq 5 ]; then echo 'make test-slow: no test is marked slow'; status=0; fi; exit $$status
+
+cluster-test: $(INSTALLED)
+	$(RUN) -m pytest -m cluster tests/test_cluster.py
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .
