@@ -151,15 +151,15 @@ def _build(
     written = WrittenRow.model_validate_json(row["row"])
     annotation = written.annotation
     result = build_video(annotation, data, system_prompt, weights.get(annotation.dataset, 1))
-    dropped = Counter(result.texts_dropped) + Counter(written.dropped)
     notes = {
         "sha256": row["sha256"],
         "quarantined": written.quarantined,
         "texts": result.texts + sum(written.dropped.values()),
-        "texts_dropped": dict(dropped),
+        "texts_dropped": dict(Counter(result.texts_dropped) + Counter(written.dropped)),
     }
     if written.quarantined and not annotation.moments:
         notes["left_out"] = f"{annotation.source}: what was written about it is quarantined"
+        notes["texts_dropped"] = written.dropped
     return {"result": result.model_copy(update=notes).model_dump_json(), "problem": ""}
 
 

@@ -13,8 +13,8 @@ from jobs.frame_store import FrameStore
 FRAMES_AT_ONCE = 1024
 
 
-def take_over(path: Path, store: FrameStore, model: ModelConfig, video_id: str) -> int:
-    """Write one video's tokens into a store and return how many frames there are.
+def take_over(path: Path, store: FrameStore, model: ModelConfig, video_id: str, source: str | None = None) -> int:
+    """Write one video's tokens into a store and return how many frames there are; `source` is remembered with them.
 
     They have no fingerprint: that `model.vision` made them is taken from the folder's name, and that its
     weights are the same is taken on trust. Raises FeaturesError where the name says otherwise, or a
@@ -34,7 +34,7 @@ def take_over(path: Path, store: FrameStore, model: ModelConfig, video_id: str) 
     if differences := [f"{name} {theirs}, not {ours}" for name, (theirs, ours) in made.items() if theirs != ours]:
         raise FeaturesError(f"{path.parent} was made with {'; '.join(differences)}")
     tokens = read_features(path)
-    with store.writer(video_id, source=str(path)) as writer:
+    with store.writer(video_id, source=source or str(path)) as writer:
         for first in range(0, len(tokens), FRAMES_AT_ONCE):
             part = tokens[first : first + FRAMES_AT_ONCE].to(torch.float16)
             if not part.isfinite().all():

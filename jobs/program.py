@@ -18,7 +18,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import NoReturn
 
 import ray.exceptions
@@ -39,13 +39,15 @@ def run(
     sections: Sections,
     user_errors: tuple[type[Exception], ...] = (),
     argv: Sequence[str] | None = None,
+    flags: Mapping[str, str] = MappingProxyType({}),
 ) -> int:
     """Read the command line of `module`, call `job` with its settings, return the exit code.
 
     `about` is the module's docstring. `user_errors` (and ConfigError, missing files) end in their
-    message alone, wherever in the cluster they were raised.
+    message alone, wherever in the cluster they were raised. `flags` are short for overrides.
     """
-    arguments = parser(module, about, sections).parse_intermixed_args(argv)
+    arguments = parser(module, about, sections, flags).parse_intermixed_args(argv)
+    arguments.overrides += arguments.flags or []
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
     # A stopped `ray job` gets SIGTERM: end as with Ctrl-C, so that Ray's processes end too.
     signal.signal(signal.SIGTERM, _interrupt)
@@ -65,7 +67,9 @@ def run(
     return 0
 
 
-def parser(module: str, about: str | None, sections: Sections) -> argparse.ArgumentParser:
+def parser(
+    module: str, about: str | None, sections: Sections, flags: Mapping[str, str] = MappingProxyType({})
+) -> argparse.ArgumentParser:
     """The command line that all jobs share; its help ends with every setting and its default."""
     examples = [
         f"python -m {module} configs/embedded.yaml",
@@ -86,6 +90,9 @@ def parser(module: str, about: str | None, sections: Sections) -> argparse.Argum
         help="relative paths in the settings start here (default: the current folder); "
         "needed with `ray job submit --working-dir`, whose copy of the folder does not outlive the job",
     )
+    parser.set_defaults(flags=None)
+    for flag, override in flags.items():
+        parser.add_argument(flag, dest="flags", action="append_const", const=override, help=f"short for {override}")
     return parser
 
 

@@ -78,7 +78,9 @@ def local_copy(path: str, folder: str | None = None) -> Iterator[Path]:
         yield Path(path)
         return
     with tempfile.TemporaryDirectory(prefix="videollm-", dir=folder) as temporary:
-        copy = Path(temporary) / PurePosixPath(path.partition("?")[0]).name
+        name = PurePosixPath(path.partition("?")[0])
+        copy = Path(temporary) / name.parent.name / name.name  # a folder's name may say what is in it
+        copy.parent.mkdir(exist_ok=True)
         for tries_left in reversed(range(TRIES)):
             try:
                 _fetch(path, copy)

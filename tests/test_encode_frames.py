@@ -17,7 +17,8 @@ import yaml
 from actors.config import Config, ModelConfig
 from actors.encoder import EncoderConfig, FrameEncoder
 from actors.video import read_frames
-from jobs.encode_frames import ChunkEncoder, EncodingError, _decode, _OpenVideo, encode
+from jobs.encode_frames import EncodingError, OpenVideo, encode
+from jobs.frame_chunks import ChunkEncoder, decoded_chunks
 from jobs.frame_store import FrameStore, StoreError, StoreInfo
 
 # Ray warns about its own settings when it copies them.
@@ -48,7 +49,12 @@ def settings_of(tiny_configs: dict[str, ModelConfig], tmp_path: Path):
             {
                 "model": tiny_configs["live1plus"].model_dump(),
                 "data": {"fps": 2.0},
-                "store": {"folder": str(tmp_path / "store"), "videos": [str(tmp_path / "videos")], "batch_size": 4}
+                "store": {
+                    "folder": str(tmp_path / "store"),
+                    "videos": [str(tmp_path / "videos")],
+                    "batch_size": 4,
+                    "encoders": 1,
+                }
                 | {"encoder_cpus": 0.5, "decoder_cpus": 0.25}
                 | store,
             }
@@ -59,7 +65,7 @@ def settings_of(tiny_configs: dict[str, ModelConfig], tmp_path: Path):
 
 def chunks_of(path: Path, size: int = 4) -> list[dict[str, np.ndarray]]:
     batch = {"video_id": np.array(["clip"]), "path": np.array([str(path)])}
-    return list(_decode(batch, fps=2.0, resolution_px=32, size=size))
+    return list(decoded_chunks(batch, fps=2.0, resolution_px=32, size=size))
 
 
 def test_a_video_becomes_chunks_of_one_size_the_last_of_which_says_so(tmp_path: Path) -> None:
@@ -97,7 +103,7 @@ def test_chunks_in_any_order_are_stored_in_their_own(tmp_path: Path, tiny_config
     info = StoreInfo(fingerprint="x", vision="x", fps=2.0, num_tokens=10, width=48)
     store = FrameStore.create(tmp_path / "store", info)
     with store.writer("clip") as writer:
-        video = _OpenVideo(writer)
+        video = OpenVideo(writer)
         assert [video.add(row) for row in rows] == [False] * (len(rows) - 1) + [True]
         writer.commit()
     frames = np.stack([frame.image for frame in read_frames(path, 2.0, 32)])
