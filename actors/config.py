@@ -23,6 +23,7 @@ SECTIONS = (
     "bus",
     "serve",
     "limits",
+    "sources",
     "annotations",
     "writer",
     "data",

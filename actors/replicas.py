@@ -52,11 +52,11 @@ class ReplicaSide(LogConnection):
 
     async def report(self, report: ReplicaReport, steps: Sequence[Sequence[object]] = ()) -> None:
         """Leave a report, and the steps since the last one, for as long as reports count."""
+        told = [json.dumps([report.role, *step]) for step in steps]
         await self.script(
             "REPORT",
             self.keys.replicas,
-            [report.name, report.model_dump_json(), int(EXPIRES_S * 1000), MOST_REPLICAS, STEPS_KEPT]
-            + [json.dumps([report.role, *step]) for step in steps],
+            [report.name, report.model_dump_json(), int(EXPIRES_S * 1000), MOST_REPLICAS, STEPS_KEPT, *told],
         )
 
     async def retire(self, name: str) -> None:
@@ -132,7 +132,7 @@ class Reporter:
             pid=os.getpid(),
             at=time.time(),
             model=self._model,
-            stats=stats,  # type: ignore[arg-type]  # what is no JSON is refused by the model
+            stats=stats,
             metrics=metrics,
         )
         await self._connection.report(report, steps)

@@ -37,7 +37,7 @@ SAMPLE = REPOSITORY / "tests/samples/big_buck_bunny_trailer.mp4"
 MAX_OUTPUT_TOKENS = 24
 LINE_EVERY_S = 10.0
 
-Stats = dict[str, dict[str, object]]
+Stats = dict[str, list[dict[str, object]]]
 
 
 class DemoError(RuntimeError):
@@ -202,7 +202,7 @@ def run(options: argparse.Namespace) -> None:
 
 def report(ended: SessionEnded, stats: Stats) -> list[str]:
     """The result in a few lines."""
-    frames, encoder, llm = ended.frames, stats["encoder"], stats["llm"]
+    frames, encoder, llm = ended.frames, _first(stats["encoders"]), _first(stats["llms"])
     return [
         f"frames    received {frames.received}  encoded {encoder.get('encoded')}  "
         f"decided {frames.decided}  skipped {frames.skipped}  dropped {frames.dropped}",
@@ -212,6 +212,10 @@ def report(ended: SessionEnded, stats: Stats) -> list[str]:
         f"{llm.get('responses')} responses, {llm.get('tokens')} tokens",
         f"ended     {ended.reason}",
     ]
+
+
+def _first(replicas: list[dict[str, object]]) -> dict[str, object]:
+    return replicas[0] if replicas else {}
 
 
 def _number(value: object) -> str:

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-from typing import Protocol, cast
+from typing import Protocol
 
 import ray
 from fastapi import FastAPI
@@ -32,7 +31,6 @@ from serve.limits import LimitsConfig
 log = logging.getLogger(__name__)
 
 RedisAddress = str | DeploymentHandle
-Step = tuple[str, str, int, int, float, float]  # kind, session, first and last frame, start and end in Unix time
 
 
 class Worker(Protocol):
@@ -43,9 +41,6 @@ class Worker(Protocol):
 
     def stop(self) -> None:
         """Let `run` return soon."""
-
-    def stats(self) -> dict[str, object]:
-        """Counters and rates."""
 
 
 class WorkerReplica:
@@ -59,9 +54,6 @@ class WorkerReplica:
         self.worker = worker
         self.bus = bus
         self._loop = asyncio.create_task(worker.run())
-
-    async def stats(self) -> dict[str, object]:
-        return {"pid": os.getpid(), **self.worker.stats()}
 
     async def check_health(self) -> None:
         if self._loop.done():
@@ -105,10 +97,6 @@ class LLMReplica(WorkerReplica):
         self.threshold_value = worker.threshold
         self.start(worker, bus)
 
-    async def stats(self) -> dict[str, object]:
-        told = await super().stats()
-        return {**told, "frames_per_s": decision_rate(cast("list[Step]", told["timeline"]))}
-
     async def fingerprint(self) -> str:
         """What sessions must be opened for so that this model takes them."""
         return self.fingerprint_value
@@ -129,7 +117,7 @@ class GatewayReplica:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config: Config, redis: RedisAddress, encoder: DeploymentHandle, llm: DeploymentHandle
     ) -> None:
-        prepare_replica()
+        name = prepare_replica()
         self._model = config.model
         made, expected = await encoder.features.remote(), await llm.features.remote()
         if made != expected:
@@ -143,8 +131,8 @@ class GatewayReplica:
             fingerprint=await llm.fingerprint.remote(),
             config=config.section("serve", ServeConfig),
             defaults=config.section("session", SessionSettings).with_threshold_of(await llm.threshold.remote()),
-            workers={"encoder": lambda: _stats(encoder), "llm": lambda: _stats(llm)},
             limits=config.section("limits", LimitsConfig),
+            name=name,
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -170,13 +158,6 @@ class RedisReplica:
     def __del__(self) -> None:
         if hasattr(self, "_server"):
             self._server.stop()
-
-
-def decision_rate(timeline: list[Step]) -> float | None:
-    """Frames per second of the newest steps that decided frames; None when there was none."""
-    steps = [step for step in timeline if step[0] == "decide"]
-    busy_s = sum(end - start for *_, start, end in steps)
-    return sum(last - first + 1 for _, _, first, last, _, _ in steps) / busy_s if busy_s else None
 
 
 async def connect(config: Config, redis: RedisAddress) -> Bus:
@@ -207,8 +188,3 @@ def _listen_on_node_address() -> None:
         return bound
 
     replica.add_port_to_grpc_server = add_port_here  # type: ignore[attr-defined]
-
-
-async def _stats(handle: DeploymentHandle) -> dict[str, object]:
-    answer: dict[str, object] = await handle.stats.remote()
-    return answer

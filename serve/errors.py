@@ -123,7 +123,8 @@ async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _on_full(request: Request, error: Exception) -> JSONResponse:
-    return _answer(request, 429, "sessions_full", str(error), headers={"Retry-After": str(RETRY_AFTER_S)})
+    assert isinstance(error, Full)
+    return _answer(request, 429, error.code, str(error), headers={"Retry-After": str(RETRY_AFTER_S)})
 
 
 async def _on_bus_error(request: Request, error: Exception) -> JSONResponse:

@@ -7,24 +7,33 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
+from prometheus_client.core import Metric
 from pydantic import Field
 
-from actors.bus import Bus
+from actors.bus import Bus, BusError
 from actors.config import Section
 from actors.messages import SessionSettings
+from actors.meters import gauge
+from actors.replicas import ReplicaReport, Reporter
 from serve.client_events import ClientError
-from serve.conversation import Conversation, Counts
+from serve.conversation import Conversation
+from serve.counts import Counts
 from serve.keys import LOCAL
 from serve.limits import LimitsConfig
+from serve.metrics import GatewayMeters
 
 log = logging.getLogger(__name__)
 
-WorkerStats = Callable[[], Awaitable[dict[str, object]]]
+WATCH_S = 1.0
+PLACES_S = 10.0
+FULL = ("sessions_full", "too_many_sessions")
+
+Stats = dict[str, list[dict[str, object]]]
 
 
 class ServeConfig(Section):
@@ -49,18 +58,31 @@ class ServeConfig(Section):
     max_live_frames: int = Field(default=8, ge=1)
     admission_timeout_s: float = Field(default=20.0, gt=0)
     status_interval_s: float = Field(default=1.0, gt=0)
+    prompt: str = Field(default="What do you see now?", min_length=1)
     shutdown_timeout_s: float = Field(default=5.0, ge=0)
 
 
 class Full(Exception):
-    """The gateway holds as many sessions as it may."""
+    """There is no place for another session; `code` says whose limit it is."""
+
+    def __init__(self, text: str, code: str = "sessions_full") -> None:
+        super().__init__(text)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Resume:
+    """A session that its client wants to go on with, after log position `after`."""
+
+    session_id: str
+    after: int | None
 
 
 class Gateway:
     """All sessions of one gateway replica.
 
-    `defaults` is what a session has until its client says otherwise. `workers` are named calls that
-    return a worker's statistics.
+    `defaults` is what a session has until its client says otherwise. `name` is the replica's in its
+    reports, `reporter` makes them.
     """
 
     def __init__(
@@ -69,8 +91,8 @@ class Gateway:
         fingerprint: str,
         config: ServeConfig,
         defaults: SessionSettings | None = None,
-        workers: dict[str, WorkerStats] | None = None,
         limits: LimitsConfig | None = None,
+        name: str | None = None,
     ) -> None:
         self.bus = bus
         self.fingerprint = fingerprint
@@ -79,23 +101,42 @@ class Gateway:
         self.defaults = defaults or SessionSettings()
         self.totals = Counts()
         self.started = time.monotonic()
-        self._workers = workers or {}
+        self.created = int(time.time())
+        self.meters = GatewayMeters(self._figures)
+        self.reporter = Reporter(
+            bus, "gateway", name or f"gateway-{bus.name}", fingerprint, self._stats, self.meters.registry
+        )
+        self.closes_in: float | None = None
+        self.closing = asyncio.Event()
         self._conversations: set[Conversation] = set()
+        self._watching: asyncio.Task[None] | None = None
 
     @asynccontextmanager
-    async def conversation(self, bulk: bool = False, client: str = LOCAL) -> AsyncIterator[Conversation]:
-        """A session of `client` (its name in keys.py) while that is there; it ends with the block. Raises Full."""
-        if len(self._conversations) >= self.limits.sessions:
-            raise Full(f"{len(self._conversations)} sessions are open, the most this gateway takes: try later")
+    async def conversation(
+        self, bulk: bool = False, client: str = LOCAL, resume: Resume | None = None
+    ) -> AsyncIterator[Conversation]:
+        """A session of `client` (its name in keys.py) while that is there, a new one unless it resumes one.
+
+        It ends with the block unless it is `resumable`. Raises Full, and BusError where it cannot be resumed.
+        """
+        if self._watching is None:
+            self._watching = asyncio.create_task(self._watch(await self.bus.clock_ms()))
+        if len(self._conversations) >= self.limits.connections:
+            raise Full(f"{len(self._conversations)} clients are connected, the most this gateway takes: try later")
         conversation = Conversation(
             self.bus,
             self.fingerprint,
             self.totals,
             self.defaults,
+            self.meters,
             max_waiting=self.config.max_waiting_frames,
             max_live=self.config.max_live_frames,
             bulk=bulk,
+            client=client,
         )
+        if resume is not None:
+            await conversation.resume(resume.session_id, resume.after)
+        await self._take_place(conversation)
         self._conversations.add(conversation)
         try:
             yield conversation
@@ -115,35 +156,78 @@ class Gateway:
             raise ClientError("bad_value", "question is empty, expected text", "text")
         return text
 
-    async def stats(self, timeline: bool = False) -> dict[str, dict[str, object]]:
-        """Counts of this gateway and what each worker says of itself, an error text where it does not answer.
+    async def reports(self) -> list[ReplicaReport]:
+        """What all replicas said last, this one right now. Raises BusError."""
+        await self.reporter.once()
+        return await self.bus.reports()
 
-        With `timeline` the workers' memory of their latest work is in it, some thousand entries.
-        """
-        names = list(self._workers)
-        answers = await asyncio.gather(*(self._ask(self._workers[name]) for name in names))
-        if not timeline:
-            answers = [{key: value for key, value in answer.items() if key != "timeline"} for answer in answers]
-        gateway: dict[str, object] = {
-            "pid": os.getpid(),
+    async def stats(self) -> Stats:
+        """What every replica says of itself, by role. Raises BusError."""
+        found: Stats = {"gateways": [], "encoders": [], "llms": []}
+        for report in await self.reports():
+            found[f"{report.role}s"].append({"name": report.name, "pid": report.pid, **report.stats})
+        return found
+
+    def _stats(self) -> dict[str, object]:
+        return {
             "sessions": len(self._conversations),
             "uptime_s": round(time.monotonic() - self.started, 1),
             "frames": self.totals.statistics().model_dump(),
         }
-        return {"gateway": gateway, **dict(zip(names, answers, strict=True))}
 
-    @staticmethod
-    async def _ask(worker: WorkerStats) -> dict[str, object]:
-        try:
-            async with asyncio.timeout(5):
-                return await worker()
-        except Exception as error:  # statistics are for people: one dead worker must not hide the others
-            log.warning("no statistics from a worker: %s", error)
-            return {"error": f"{type(error).__name__}: {error}"}
+    def _figures(self) -> list[Metric]:
+        behind = [conversation.behind for conversation in self._conversations]
+        return [
+            gauge("sessions", "Sessions that a gateway shows or an LLM replica holds", len(behind)),
+            gauge("frames_behind_live", "Frames that came and are not decided, of all sessions", sum(behind)),
+            gauge("frames_behind_live_max", "The same of the session that is furthest behind", max(behind, default=0)),
+        ]
 
-    @staticmethod
-    async def _leave(conversation: Conversation) -> None:
+    async def close(self) -> None:
+        """Stop looking after sessions."""
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
+
+    async def _watch(self, since_ms: int) -> None:
+        """See now and then who has connected elsewhere and whether this gateway shall let its clients go."""
+        next_places = time.monotonic() + PLACES_S
+        while True:
+            await asyncio.sleep(WATCH_S)
+            try:
+                self.closes_in = await self.bus.draining(since_ms)
+                for conversation in list(self._conversations):
+                    await conversation.check()
+                    if time.monotonic() >= next_places:
+                        await self._take_place(conversation)
+                if time.monotonic() >= next_places:
+                    next_places = time.monotonic() + PLACES_S
+            except (BusError, Full) as error:
+                log.warning("sessions not looked after: %s", error)
+            if self.closes_in is None:
+                self.closing.clear()
+            else:
+                self.closing.set()
+
+    async def _take_place(self, conversation: Conversation) -> None:
+        """Count a session, for longer than its client may stay away. Raises Full."""
+        limits, keep_s = self.limits, self.bus.config.resume_s + 2 * PLACES_S
         try:
+            await self.bus.take_place(
+                conversation.client, conversation.id, limits.sessions_per_key, limits.sessions, keep_s
+            )
+        except BusError as error:
+            if error.code in FULL:
+                raise Full(str(error), error.code) from None
+            raise
+
+    async def _leave(self, conversation: Conversation) -> None:
+        try:
+            if conversation.resumable and not conversation.ended:
+                await conversation.note_counts()
+                return
             await conversation.leave()
+            if not conversation.taken.is_set():
+                await self.bus.free_place(conversation.client, conversation.id)
         except Exception:
             log.exception("session=%s could not be ended; it expires by itself", conversation.id)

@@ -29,6 +29,7 @@ class GatewayMeters(Meters):
         self._admitted = self.counter("frames_admitted", "Frames that got a number and went to the encoders")
         self._dropped = self.counter("frames_dropped", "Frames that were dropped before they got a number", ["reason"])
         self._errors = self.counter("errors", "Errors told to clients", ["code"])
+        self._reconnects = self.counter("ingest_reconnects", "Connections of server-side streams that were made again")
         self._requests = self.counter("http_requests", "HTTP requests answered", ["route", "status"])
 
     def frame(self, outcome: str, reason: str = "") -> None:
@@ -42,6 +43,9 @@ class GatewayMeters(Meters):
 
     def error(self, code: str) -> None:
         self._errors.labels(code).inc()
+
+    def reconnect(self) -> None:
+        self._reconnects.inc()
 
     def request(self, route: str, status: int) -> None:
         self._requests.labels(route, str(status)).inc()

@@ -2,7 +2,8 @@
 
 Ray Serve's proxy reads the socket into an unbounded queue, so TCP cannot slow a client down: this
 side reads at once and the conversation bounds what waits. A client's mistake is answered with an
-`error` event and changes nothing else.
+`error` event and changes nothing else. A connection that ends leaves its session for its client to
+resume, at any gateway, until `bus.resume_s` are over.
 """
 
 from __future__ import annotations
@@ -10,16 +11,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Coroutine
 
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from actors.bus import BusError
+from actors.image import check_image
 from serve.client_events import (
     ClientError,
     ConversationItemCreate,
     InputText,
     Item,
     ResponseCancel,
+    ResponseCreate,
     SessionUpdate,
     VideoAppend,
     VideoEnd,
@@ -28,42 +32,62 @@ from serve.client_events import (
     picture_bytes,
 )
 from serve.conversation import Conversation, NoCapacity
-from serve.gateway import Full, Gateway
+from serve.gateway import Full, Gateway, Resume
 from serve.keys import subprotocol
-from serve.server_events import ServerEvent, SessionCreated, SessionUpdated, VideoStatus, failure, refusal
+from serve.limits import TokenBucket
+from serve.outgoing import Outgoing, SlowReader
+from serve.server_events import (
+    ErrorEvent,
+    GoingAway,
+    ServerEvent,
+    SessionCreated,
+    SessionUpdated,
+    VideoStatus,
+    failure,
+    refusal,
+)
 
 log = logging.getLogger(__name__)
 
-NORMAL, POLICY, INTERNAL, FULL = 1000, 1008, 1011, 1013
+NORMAL, POLICY, TOO_BIG, INTERNAL, RESTART, FULL = 1000, 1008, 1009, 1011, 1012, 1013
+NOT_RESUMED = ("session_expired", "session_id", "bad_position", "resume_too_late", "session_taken")
 
 
 class Closing(Exception):
-    """The server ends the connection, with a WebSocket close code."""
+    """The server ends the connection, with a WebSocket close code; `ends` says that the session ends, too."""
 
-    def __init__(self, close_code: int, code: str, message: str) -> None:
+    def __init__(self, close_code: int, code: str, message: str, ends: bool = False) -> None:
         super().__init__(message)
         self.close_code = close_code
         self.code = code
+        self.ends = ends
 
 
 async def serve_realtime(websocket: WebSocket, gateway: Gateway, client: str) -> None:
-    """Accept a client and stay until its session has ended or it is gone."""
+    """Accept a client and stay until its session has ended or either side is gone."""
     await websocket.accept(subprotocol(websocket))
     try:
-        async with gateway.conversation(client=client) as conversation:
+        if gateway.closes_in == 0:
+            raise Closing(RESTART, "going_away", "this gateway is about to end: connect again")
+        async with gateway.conversation(client=client, resume=_wanted(websocket)) as conversation:
             await Connection(websocket, gateway, conversation).run()
+    except ClientError as error:
+        await _close(websocket, gateway, POLICY, refusal(error))
     except Full as error:
-        await _close(websocket, FULL, "sessions_full", str(error))
+        await _close(websocket, gateway, FULL, failure(error.code, str(error)))
     except Closing as error:
-        await _close(websocket, error.close_code, error.code, str(error))
+        await _close(websocket, gateway, error.close_code, failure(error.code, str(error)))
     except BusError as error:
-        log.error("connection closed: %s", error)
-        await _close(websocket, INTERNAL, error.code, str(error))
+        if error.code in NOT_RESUMED:
+            await _close(websocket, gateway, POLICY, refusal(ClientError(error.code, str(error), "session_id")))
+        else:
+            log.error("connection closed: %s", error)
+            await _close(websocket, gateway, INTERNAL, failure(error.code, str(error)))
     except WebSocketDisconnect:
         pass
     except Exception as error:
         log.exception("connection failed")
-        await _close(websocket, INTERNAL, "internal", f"{type(error).__name__}: {error}")
+        await _close(websocket, gateway, INTERNAL, failure("internal", f"{type(error).__name__}: {error}"))
 
 
 class Connection:
@@ -73,25 +97,33 @@ class Connection:
         self.websocket = websocket
         self.gateway = gateway
         self.conversation = conversation
+        limits = gateway.limits
+        self._outgoing = Outgoing(websocket.send_text, limits)
+        self._frames = TokenBucket(limits.frames_per_s, limits.frames_burst)
+        self._messages = TokenBucket(limits.messages_per_s, limits.messages_burst)
+        self._refusals = TokenBucket(per_s=1, burst=1)
         self._opened = asyncio.Event()
-        self._sending = asyncio.Lock()
         self._active = time.monotonic()
 
     async def run(self) -> None:
         """Raises Closing when the server ends the connection, WebSocketDisconnect when the client does."""
-        await self._send(SessionCreated(session=self.conversation.info))
-        tasks = [
-            asyncio.create_task(work, name=f"{self.conversation.id} {name}")
-            for name, work in {
-                "receive": self._receive(),
-                "feed": self._feed(),
-                "events": self._events(),
-                "owner": self._watch_owner(),
-                "status": self._report(),
-                "idle": self._watch_idle(),
-            }.items()
-        ]
-        events = tasks[2]
+        try:
+            await self._run()
+        except SlowReader as error:
+            raise Closing(POLICY, "slow_reader", str(error)) from None
+        except Closing as error:
+            if error.ends:
+                self.conversation.resumable = False
+            raise
+
+    async def _run(self) -> None:
+        resumed = self.conversation.opened
+        self._tell(SessionCreated(session=self.conversation.info, resumed=resumed))
+        if resumed:
+            self._tell(VideoStatus(frames=self.conversation.statistics))
+            self._opened.set()
+        events = asyncio.create_task(self._events())
+        tasks = [events, *(asyncio.create_task(work) for work in self._work())]
         try:
             waiting = set(tasks)
             while not events.done():
@@ -102,7 +134,22 @@ class Connection:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        await self._close_normally()
+        await self._outgoing.flush()
+        if self.websocket.application_state is WebSocketState.CONNECTED:
+            await self.websocket.close(NORMAL)
+
+    def _work(self) -> list[Coroutine[object, object, None]]:
+        """All that goes on beside the events."""
+        return [
+            self._outgoing.run(),
+            self._receive(),
+            self._feed(),
+            self._watch_owner(),
+            self._watch_taken(),
+            self._watch_drain(),
+            self._watch_time(),
+            self._report(),
+        ]
 
     async def _receive(self) -> None:
         while True:
@@ -113,38 +160,54 @@ class Connection:
             try:
                 await self._handle(message.get("text"), message.get("bytes"))
             except ClientError as error:
-                await self._send(refusal(error))
+                self.gateway.meters.error(error.code)
+                if error.code != "rate_limited" or self._refusals.take():
+                    self._tell(refusal(error))
 
     async def _handle(self, text: str | None, data: bytes | None) -> None:
         """One message of the client. Raises ClientError."""
-        size = len(text) if text is not None else len(data or b"")
-        if size > self.gateway.limits.message_bytes:
-            limit = self.gateway.limits.message_bytes
-            raise ClientError("too_big", f"message of {size} bytes, at most {limit} are allowed")
+        limits = self.gateway.limits
+        if not self._messages.take():
+            raise ClientError("rate_limited", f"more than {limits.messages_per_s:g} messages a second: dropped")
+        size = len(text.encode(errors="surrogatepass")) if text is not None else len(data or b"")
+        if size > limits.message_bytes:
+            raise ClientError("too_big", f"message of {size} bytes, at most {limits.message_bytes} are allowed")
         if text is None:
             video_time, image = parse_binary(data or b"")
             await self._open()
-            self.conversation.offer(video_time, image)
+            self._offer(video_time, image)
             return
-        match parse_text(text):
-            case SessionUpdate(session=patch):
-                if not await self.conversation.update(patch):
-                    await self._send(SessionUpdated(session=self.conversation.info))
-                await self._open()
-            case VideoAppend(video_time=video_time, image=image_text):
-                await self._open()
-                self.conversation.offer(video_time, picture_bytes(image_text, "image"))
-            case ConversationItemCreate(item=item):
-                await self._open()
-                await self._take(item)
-            case ResponseCancel():
-                await self._open()
-                await self.conversation.interrupt()
-            case VideoEnd():
-                await self._open()
-                self.conversation.finish()
+        event = parse_text(text)
+        try:
+            await self._take(event)
+        except ClientError as error:
+            error.event_id = error.event_id or event.event_id
+            raise
 
-    async def _take(self, item: Item) -> None:
+    async def _take(self, event: object) -> None:
+        """One message that could be read. Raises ClientError."""
+        conversation = self.conversation
+        if isinstance(event, SessionUpdate):
+            if not await conversation.update(event.session):
+                self._tell(SessionUpdated(session=conversation.info))
+            await self._open()
+            return
+        await self._open()
+        match event:
+            case VideoAppend(video_time=video_time, image=image_text):
+                self._offer(video_time, picture_bytes(image_text, "image"))
+            case ConversationItemCreate(item=item):
+                await self._take_item(item)
+            case ResponseCreate(response=wish):
+                text = wish.instructions if wish else None
+                question = text if text is None else self.gateway.check_question(text)
+                await conversation.respond(question, self.gateway.config.prompt)
+            case ResponseCancel():
+                await conversation.interrupt()
+            case VideoEnd():
+                conversation.finish()
+
+    async def _take_item(self, item: Item) -> None:
         """The questions and frames of one item, in order."""
         for index, part in enumerate(item.content):
             if isinstance(part, InputText):
@@ -152,12 +215,25 @@ class Connection:
                 item_id = f"{item.id}.{index}" if item.id and index else item.id
                 await self.conversation.ask(text, part.video_time, item_id)
             else:
-                self.conversation.offer(part.video_time, picture_bytes(part.image_url, "image_url"))
+                self._offer(part.video_time, picture_bytes(part.image_url, "image_url"))
+
+    def _offer(self, video_time: float | None, image: bytes) -> None:
+        """Look at a frame's rate and header before it may wait. Raises ClientError."""
+        limits = self.gateway.limits
+        if not self._frames.take():
+            self.conversation.refuse("rate")
+            raise ClientError("rate_limited", f"more than {limits.frames_per_s:g} frames a second: dropped and counted")
+        try:
+            check_image(image, limits.frame_pixels)
+        except ValueError as error:
+            raise ClientError("bad_frame", str(error), "image") from None
+        self.conversation.offer(video_time, image)
 
     async def _open(self) -> None:
         """The session's log begins with the first message, so that first settings are those it starts with."""
         if not self.conversation.opened:
             await self.conversation.open()
+            self.conversation.resumable = True
             self._opened.set()
 
     async def _feed(self) -> None:
@@ -168,49 +244,77 @@ class Connection:
         await self._opened.wait()
         async for event in self.conversation.events():
             self._active = time.monotonic()
-            await self._send(event)
+            await self._outgoing.put_when_few_wait(event)
 
     async def _watch_owner(self) -> None:
         await self._opened.wait()
         try:
             await self.conversation.owned(self.gateway.config.admission_timeout_s)
         except NoCapacity as error:
-            raise Closing(FULL, "no_capacity", str(error)) from None
+            raise Closing(FULL, "no_capacity", str(error), ends=True) from None
+
+    async def _watch_taken(self) -> None:
+        await self.conversation.taken.wait()
+        raise Closing(POLICY, "session_taken", "the session goes on at a newer connection")
+
+    async def _watch_drain(self) -> None:
+        """Tell the client ahead of time that this gateway ends; a drain may be called off."""
+        while True:
+            await self.gateway.closing.wait()
+            seconds = self.gateway.closes_in or 0.0
+            self._tell(GoingAway(seconds=round(seconds, 1)))
+            await asyncio.sleep(seconds)
+            if self.gateway.closing.is_set():
+                raise Closing(RESTART, "going_away", "this gateway ends: connect again and resume")
+
+    async def _watch_time(self) -> None:
+        """End sessions that are idle or too long."""
+        limits = self.gateway.limits
+        while True:
+            idle = limits.idle_s - (time.monotonic() - self._active)
+            total = limits.total_s - (time.time() - self.conversation.opened_at)
+            if idle <= 0:
+                text = f"nothing was said for {limits.idle_s:g} s, the longest a session may be idle"
+                raise Closing(POLICY, "idle_timeout", text, ends=True)
+            if total <= 0:
+                text = f"the session is {limits.total_s:g} s old, the longest one may last"
+                raise Closing(POLICY, "session_too_long", text, ends=True)
+            await asyncio.sleep(min(idle, total))
 
     async def _report(self) -> None:
-        """Tell the state of the video while it changes."""
+        """Tell the state of the video while it changes, once it is noted for the next gateway."""
         told = self.conversation.statistics
         while True:
             await asyncio.sleep(self.gateway.config.status_interval_s)
             now = self.conversation.statistics
             if now != told:
-                await self._send(VideoStatus(frames=now))
+                await self.conversation.note_counts()
+                self._tell(VideoStatus(frames=now))
                 told = now
 
-    async def _watch_idle(self) -> None:
-        limit = self.gateway.limits.idle_s
-        while (idle := time.monotonic() - self._active) < limit:
-            await asyncio.sleep(limit - idle)
-        raise Closing(POLICY, "idle_timeout", f"nothing was said for {limit:g} s, the longest a session may be idle")
-
-    async def _send(self, event: ServerEvent) -> None:
-        """One event at a time. Raises Closing when the client does not read."""
-        limit = self.gateway.limits.send_s
-        try:
-            async with self._sending, asyncio.timeout(limit):
-                await self.websocket.send_text(event.json_text())
-        except TimeoutError:
-            raise Closing(POLICY, "slow_reader", f"an event could not be sent for {limit:g} s") from None
-
-    async def _close_normally(self) -> None:
-        if self.websocket.application_state is WebSocketState.CONNECTED:
-            await self.websocket.close(NORMAL)
+    def _tell(self, event: ServerEvent) -> None:
+        self._outgoing.put(event)
 
 
-async def _close(websocket: WebSocket, close_code: int, code: str, message: str) -> None:
+def _wanted(websocket: WebSocket) -> Resume | None:
+    """The session that the address names. Raises ClientError."""
+    session_id, after = (websocket.query_params.get(name) for name in ("session_id", "after"))
+    if session_id is None:
+        if after is not None:
+            raise ClientError("bad_value", "after is given without session_id, expected both", "session_id")
+        return None
+    if after is not None and not (after.lstrip("-").isdecimal() and after.isascii() and len(after) < 16):
+        raise ClientError("bad_value", f"after is {after!r:.60}, expected a log position", "after")
+    return Resume(session_id, None if after is None else max(-1, int(after)))
+
+
+async def _close(websocket: WebSocket, gateway: Gateway, close_code: int, event: ErrorEvent) -> None:
     """Tell the client why, as far as it still listens, and close."""
+    code = event.error.code
+    gateway.meters.error(code)
     try:
-        await websocket.send_text(failure(code, message).json_text())
-        await websocket.close(close_code)
-    except (RuntimeError, WebSocketDisconnect):
-        log.info("client left before it was told %s: %s", code, message)
+        async with asyncio.timeout(gateway.limits.send_s):
+            await websocket.send_text(event.json_text())
+            await websocket.close(close_code)
+    except (RuntimeError, WebSocketDisconnect, TimeoutError):
+        log.info("client left before it was told %s", code)

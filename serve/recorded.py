@@ -1,52 +1,110 @@
-"""A posted video file: decoded at the session's rate, watched as fast as the encoders and the LLM go.
+"""Recorded video through the engine that serves live: pictures offered as fast as encoders and LLM take them.
 
-Frames wait for credits, so a long video never piles up in Redis. The reader runs in a thread of its
-own, one frame ahead at most.
+`/v1/videos` tells the session's events as they are (videos.py), `/v1/chat/completions` as chunks of a
+chat (chat.py); both are made here. Frames wait for credits, so a long video never piles up in Redis.
+The reader runs in a thread of its own, one picture ahead at most.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Generator, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from actors.bus import BusError
-from actors.video import VideoError, VideoFrame, encode_jpeg, read_frames
+from actors.video import VideoError, encode_jpeg, probe, read_frames
+from serve.client_events import ClientError
 from serve.conversation import Conversation, NoCapacity
-from serve.gateway import ServeConfig
+from serve.errors import ApiError
+from serve.gateway import Gateway
 from serve.server_events import ServerEvent, failure
 
 log = logging.getLogger(__name__)
 
 JPEG_QUALITY = 95
 
+Pictures = Iterator[tuple[float, bytes]]
+
+
+@dataclass(frozen=True)
+class Question:
+    """Asked at `time` of the video; once the last frame is there for None."""
+
+    text: str
+    time: float | None
+
 
 @dataclass(frozen=True)
 class Recording:
-    """A video file, how it is sampled, and the questions with their times."""
+    """What is watched: video times with encoded pictures, begun anew at every call, and the questions about it."""
 
-    path: Path
-    fps: float
-    resolution_px: int
-    questions: tuple[tuple[float, str], ...]
+    pictures: Callable[[], Pictures]
+    questions: tuple[Question, ...]
 
 
-async def watch(
-    recording: Recording, conversation: Conversation, config: ServeConfig, idle_s: float
-) -> AsyncGenerator[ServerEvent]:
-    """The session's events while the video is read, encoded and decided; `conversation` is already open."""
-    for video_time, text in recording.questions:
-        await conversation.ask(text, video_time)
+def pictures_of_video(path: Path, fps: float, resolution_px: int) -> Callable[[], Pictures]:
+    """Every frame of a file on the clock of `fps`, scaled as the model sees it.
+
+    A stranger's file is for PyAV: decord carries decoders that are years old.
+    """
+
+    def pictures() -> Pictures:
+        for _, video_time, frame in read_frames(path, fps, resolution_px, backend="pyav"):
+            yield video_time, encode_jpeg(frame, JPEG_QUALITY)
+
+    return pictures
+
+
+def pictures_of_images(images: Sequence[bytes], fps: float) -> Callable[[], Pictures]:
+    """Images as if they were frames of a video."""
+    return lambda: iter([(index / fps, image) for index, image in enumerate(images)])
+
+
+async def check_video(path: Path, name: str, max_pixels: int) -> None:
+    """Raises ApiError (422), naming the client's `name`, for a file that is no video or too large a picture."""
+    try:
+        await asyncio.to_thread(probe, path, max_pixels)
+    except VideoError as error:
+        raise ApiError(422, "bad_video", str(error).replace(str(path), name), "video") from None
+
+
+async def watch(recording: Recording, conversation: Conversation, gateway: Gateway) -> AsyncGenerator[ServerEvent]:
+    """The session's events while the video is read, encoded and decided; `conversation` is already open.
+
+    What goes wrong is the last event, an `error`, and counted.
+    """
+    try:
+        async with asyncio.timeout(gateway.limits.total_s):
+            async for event in _watch(recording, conversation, gateway):
+                yield event
+        return
+    except TimeoutError:
+        problem = failure("total_time", f"the video was watched for {gateway.limits.total_s:g} s, the longest allowed")
+    except NoCapacity as error:
+        problem = failure("no_capacity", str(error))
+    except VideoError as error:
+        problem = failure("bad_video", str(error))
+    except ClientError as error:
+        problem = failure(error.code, str(error))
+    except BusError as error:
+        log.error("session=%s watching failed: %s", conversation.id, error)
+        problem = failure(error.code, str(error))
+    gateway.meters.error(problem.error.code)
+    yield problem
+
+
+async def _watch(recording: Recording, conversation: Conversation, gateway: Gateway) -> AsyncGenerator[ServerEvent]:
     tasks = [
         asyncio.create_task(_supply(recording, conversation)),
         asyncio.create_task(conversation.feed()),
-        asyncio.create_task(conversation.owned(config.admission_timeout_s)),
+        asyncio.create_task(conversation.owned(gateway.config.admission_timeout_s)),
     ]
     events = conversation.events()
     following = asyncio.ensure_future(anext(events))
+    idle_s = gateway.limits.idle_s
     try:
         waiting = {*tasks, following}
         while True:
@@ -62,44 +120,37 @@ async def watch(
                 waiting.add(following)
     except StopAsyncIteration:
         pass
-    except NoCapacity as error:
-        yield failure("no_capacity", str(error))
-    except VideoError as error:
-        yield failure("bad_video", str(error))
-    except BusError as error:
-        log.error("session=%s watching failed: %s", conversation.id, error)
-        yield failure(error.code, str(error))
     finally:
         for task in (*tasks, following):
             task.cancel()
         await asyncio.gather(*tasks, following, return_exceptions=True)
 
 
-def as_sse(event: ServerEvent) -> str:
-    """One event in the format of server-sent events, its log position as id."""
-    lines = [f"event: {event.type}", f"data: {event.json_text()}"]
-    if event.position is not None:
-        lines.insert(0, f"id: {event.position}")
-    return "\n".join(lines) + "\n\n"
-
-
 async def _supply(recording: Recording, conversation: Conversation) -> None:
-    """Offer every frame of the video in order, then say that there are no more."""
-    frames = read_frames(recording.path, recording.fps, recording.resolution_px)
+    """Offer every picture in order and ask every question, then say that there are no more."""
+    for question in recording.questions:
+        if question.time is not None:
+            await conversation.ask(question.text, question.time)
+    pictures = recording.pictures()
     loop = asyncio.get_running_loop()
     thread = ThreadPoolExecutor(1, thread_name_prefix="decode")
     try:
-        while (frame := await loop.run_in_executor(thread, _next_jpeg, frames)) is not None:
+        upcoming = await loop.run_in_executor(thread, next, pictures, None)
+        while (picture := upcoming) is not None:
+            upcoming = await loop.run_in_executor(thread, next, pictures, None)
+            if upcoming is None:
+                await _ask_at_the_end(recording, conversation, picture[0])
             await conversation.room()
-            conversation.offer(*frame)
+            conversation.offer(*picture)
     finally:
-        if isinstance(frames, Generator):
-            thread.submit(frames.close)  # in its thread: a generator cannot be closed while it runs
+        if isinstance(pictures, Generator):
+            thread.submit(pictures.close)  # in its thread: a generator cannot be closed while it runs
         thread.shutdown(wait=False)
     conversation.finish()
 
 
-def _next_jpeg(frames: Iterator[VideoFrame]) -> tuple[float, bytes] | None:
-    for _, video_time, frame in frames:
-        return video_time, encode_jpeg(frame, JPEG_QUALITY)
-    return None
+async def _ask_at_the_end(recording: Recording, conversation: Conversation, last: float) -> None:
+    """Before the last frame is admitted, for its moment: its decision must not come first."""
+    for question in recording.questions:
+        if question.time is None:
+            await conversation.ask(question.text, last)

@@ -23,17 +23,19 @@ class Span:
     end: float
 
 
-def spans(stats: dict[str, dict[str, object]]) -> list[Span]:
-    """What encoder and LLM remember of their work, by start; batches of several sessions count for the first."""
-    encoded = []
-    for first, last, _, start, end in cast("list[tuple[str, str, int, float, float]]", stats["encoder"]["timeline"]):
-        session, _, first_seq = first.rpartition(":")
-        same, _, last_seq = last.rpartition(":")
-        encoded.append(
-            Span("encode", session, int(first_seq), int(last_seq if same == session else first_seq), start, end)
-        )
-    steps = [Span(*step) for step in cast("list[tuple[str, str, int, int, float, float]]", stats["llm"]["timeline"])]
-    return sorted(encoded + steps, key=lambda span: span.start)
+def spans(stats: dict[str, list[dict[str, object]]]) -> list[Span]:
+    """What encoders and LLMs remember of their work, by start; batches of several sessions count for the first."""
+    work = []
+    for told in stats["steps"]:
+        if told["role"] == "encoder":
+            first, last, _, start, end = cast("tuple[str, str, int, float, float]", told["step"])
+            session, _, first_seq = first.rpartition(":")
+            same, _, last_seq = last.rpartition(":")
+            last_frame = int(last_seq if same == session else first_seq)
+            work.append(Span("encode", session, int(first_seq), last_frame, start, end))
+        else:
+            work.append(Span(*cast("tuple[str, str, int, int, float, float]", told["step"])))
+    return sorted(work, key=lambda span: span.start)
 
 
 def overlapping(work: list[Span]) -> list[Span]:
@@ -47,7 +49,7 @@ def overlapping(work: list[Span]) -> list[Span]:
     ]
 
 
-def draw(stats: dict[str, dict[str, object]], path: Path) -> None:
+def draw(stats: dict[str, list[dict[str, object]]], path: Path) -> None:
     """Draw the busiest `SHOWN_S` seconds of a run as bars with frame numbers."""
     import matplotlib
 

@@ -121,9 +121,9 @@ def test_a_demo_that_cannot_start_says_why(config: str, arguments: list[str], sa
 def test_the_report_names_every_count() -> None:
     frames = Statistics(received=9, admitted=8, waiting=0, decided=6, skipped=2, dropped=1, lag_p50=0.25, lag_p99=1.5)
     ended = SessionEnded(position=3, reason="end of input", frames=frames)
-    stats: dict[str, dict[str, object]] = {
-        "encoder": {"encoded": 6, "frames_per_s": 80.0, "pid": 1},
-        "llm": {"frames_per_s": None, "pid": 2, "responses": 1, "tokens": 5},
+    stats: dict[str, list[dict[str, object]]] = {
+        "encoders": [{"encoded": 6, "frames_per_s": 80.0, "pid": 1}],
+        "llms": [{"frames_per_s": None, "pid": 2, "responses": 1, "tokens": 5}],
     }
     said = "\n".join(report(ended, stats))
     for part in (
