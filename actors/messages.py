@@ -272,10 +272,12 @@ class Evicted(Message):
 
 
 class SessionEnded(Message):
-    """Last entry of a log."""
+    """Last entry of a log. `positions` is how many its context was given in all, `spoken` those of the responses."""
 
     kind = "session_ended"
     reason: str
+    positions: int = Field(default=0, ge=0)
+    spoken: int = Field(default=0, ge=0)
 
 
 class Window(Message):

@@ -139,6 +139,7 @@ class Session:
         self.ended = False
         self.responses = 0
         self.suppressed = 0
+        self.spoken = self.forgotten = 0  # tokens of responses; positions that left the context with evictions
         self.response: Response | None = None
         self.context = Context(template, settings.instructions or system_prompt)
         self._frames: dict[int, tuple[float, torch.Tensor | None, str]] = {}
@@ -298,6 +299,7 @@ class Session:
             case ResponseTokens():
                 response = self._speaking()
                 response.ids += entry.ids
+                self.spoken += len(entry.ids)
                 if entry.text:
                     response.anchor, response.shown = response.shown, len(response.ids)
                 self.context.add_tokens(list(entry.ids))
@@ -314,7 +316,9 @@ class Session:
                 self.settings = entry.settings
                 self.trigger, self.keep = self.limits.window(entry.settings)
             case Evicted():
+                before = self.context.length
                 self.context.rebuild(Eviction(entry.first_seq, entry.pinned, entry.memory), self._prompt())
+                self.forgotten += before - self.context.length
                 self.next_seq = max(self.next_seq, entry.first_seq)
                 self.fed = 0
             case SessionEnded():
@@ -335,7 +339,7 @@ class Session:
     def _next_without_model(self) -> list[LogEntry] | None:
         if self._given_up:
             cut: list[LogEntry] = [self._end_response("interrupted")] if self.response is not None else []
-            return [*cut, SessionEnded(reason=self._given_up)]
+            return [*cut, self._ended(self._given_up)]
         if self.response is not None:
             return [self._end_response("interrupted")] if self._cut else None
         if self._commands and self._commands[0].after_seq < self.next_seq:
@@ -388,7 +392,11 @@ class Session:
             return None
         if self._timed:
             return self._consume(self._timed[0])
-        return [SessionEnded(reason="end of input")]
+        return [self._ended("end of input")]
+
+    def _ended(self, reason: str) -> SessionEnded:
+        given = max(self.context.length + self.forgotten, self.spoken)
+        return SessionEnded(reason=reason, positions=given, spoken=self.spoken)
 
     def _consume(self, query: Query) -> list[LogEntry]:
         needed = self.context.query_cost(query.text) + self.settings.max_response_tokens + 1
