@@ -8,19 +8,25 @@ VideoLLM-online, sections 3.2 and 3.3.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import Cache, PreTrainedModel
 
+from actors.adapted import AdaptedDecoder
 from actors.config import ModelConfig
 from actors.dialogue import IGNORED
+from actors.packed import Packed
 
 # What some LLMs do to logits after the head; here the head is called by itself.
 _LOGIT_CHANGES = {"final_logit_softcapping": None, "logit_scale": 1, "logits_scaling": 1}
+
+LOGIT_ROWS = 1024  # of the vocabulary's width that exist at once while a pack is learned
 
 
 class Output(NamedTuple):
@@ -32,6 +38,14 @@ class Output(NamedTuple):
     logits: Tensor
     loss: Tensor | None
     past_key_values: Cache | None
+
+
+class PackedLoss(NamedTuple):
+    """Sums over the labels of a pack: `weighted` is what is learned; the cross-entropy of `text` and `stream` alone."""
+
+    weighted: Tensor
+    text: Tensor
+    stream: Tensor
 
 
 class VideoLLM(nn.Module):
@@ -143,6 +157,67 @@ class VideoLLM(nn.Module):
             at_frame = torch.eq(input_ids, self.frame_id)[logits_at]
             loss = streaming_loss(logits, labels[logits_at], at_frame, self.config.stream_loss_weight, denominator)
         return Output(logits, loss, hidden.past_key_values if use_cache else None)
+
+    def packed_loss(
+        self, packed: Packed, frames: Tensor, weights: Tensor | None = None, recompute: bool = False
+    ) -> PackedLoss:
+        """The loss of dialogues in one row, and of each as if it were alone. frames (F, N, D) of all of them.
+
+        `weights` (T,) scale the labels, by default those at frames by `stream_loss_weight`. `recompute` is
+        gradient checkpointing. Sums, not means: who adds up packs and workers divides by their labels.
+        Raises ValueError where nothing is learned.
+        """
+        learned = (packed.labels != IGNORED).nonzero().flatten()
+        if not len(learned):
+            raise ValueError("the pack has no label: nothing in it is learned")
+        with self._mixed():
+            embeddings = self.embed(packed.input_ids, frames)
+        if self._adapted is not None:
+            states = self._adapted(embeddings, packed, learned, recompute)
+        else:
+            with self._mixed():
+                states = self._states(embeddings, packed, recompute)[learned]
+        at_frame = torch.eq(packed.input_ids[learned], self.frame_id)
+        labels = packed.labels[learned]
+        pieces = zip(states.split(LOGIT_ROWS), labels.split(LOGIT_ROWS), strict=True)
+        with self._mixed():
+            if len(learned) > LOGIT_ROWS:
+                losses = torch.cat([checkpoint(self._losses, *piece, use_reentrant=False) for piece in pieces])
+            else:
+                losses = self._losses(states, labels)
+        scale = torch.where(at_frame, self.config.stream_loss_weight, 1.0) if weights is None else weights[learned]
+        each = losses.detach()
+        return PackedLoss((losses * scale).sum(), each[~at_frame].sum(), each[at_frame].sum())
+
+    def _mixed(self) -> torch.autocast:
+        """What is trained is held in fp32 and computed in the LLM's type."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.base_llm.dtype == torch.bfloat16)
+
+    @cached_property
+    def _adapted(self) -> AdaptedDecoder | None:
+        return AdaptedDecoder.of(self.base_llm)
+
+    def _states(self, embeddings: Tensor, packed: Packed, recompute: bool) -> Tensor:
+        """Last hidden states (T, H) by the LLM's own forward, under a mask of dialogues."""
+        llm = self.base_llm
+        if recompute != llm.is_activation_checkpointing:
+            if recompute:
+                llm.activation_checkpointing_enable({"use_reentrant": False})
+            else:
+                llm.activation_checkpointing_disable()
+        hidden = llm.get_decoder()(
+            inputs_embeds=embeddings[None],
+            attention_mask=packed.block_mask,
+            position_ids=packed.positions[None],
+            use_cache=False,
+        )
+        states: Tensor = hidden.last_hidden_state[0]
+        return states
+
+    def _losses(self, states: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy (K,) of hidden states (K, H) in the vocabulary."""
+        logits = self.base_llm.get_output_embeddings()(states)
+        return F.cross_entropy(logits.float(), labels, reduction="none")
 
 
 def streaming_loss(

@@ -1,19 +1,20 @@
-"""Dialogues joined with the frame tokens of their videos, as samples and batches for training."""
+"""Dialogues joined with the frame tokens of their videos, as samples and packs for training."""
 
 from __future__ import annotations
 
 import logging
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
 
 import torch
 
-from actors.dialogue import IGNORED, Batch, Rendered, Template, collate
+from actors.dialogue import IGNORED, Rendered, Template
 from actors.objective import Objective, taught
+from actors.packed import Packed
 from jobs.dialogues import Dialogue
 from jobs.frame_store import FrameStore
+from jobs.plan import Measured, Pick
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,18 @@ class Sample:
         return sum(label != IGNORED for label in self.rendered.labels)
 
 
+@dataclass(frozen=True)
+class PackedSamples:
+    """Samples in one row, the tokens (F, N, D) of all their frames, and the weights (T,) of their labels."""
+
+    dialogue_ids: tuple[str, ...]
+    packed: Packed
+    frames: torch.Tensor
+    weights: torch.Tensor
+    text_labels: int
+    stream_labels: int
+
+
 class TrainingSet:
     """Dialogues over the videos of a store, each rendered when it is asked for.
 
@@ -49,10 +62,12 @@ class TrainingSet:
         store: FrameStore,
         template: Template,
         objective: Objective = "streaming",
+        max_tokens: int | None = None,
     ) -> None:
         self.store = store
         self.template = template
         self.objective: Objective = objective
+        self.max_tokens = max_tokens
         if template.frames.num_tokens != store.info.num_tokens:
             raise DatasetError(
                 f"the store {store.path} has {store.info.num_tokens} tokens a frame, "
@@ -76,23 +91,91 @@ class TrainingSet:
 
     def __getitem__(self, index: int) -> Sample:
         dialogue = self.dialogues[index]
-        sample = Sample(
-            dialogue_id=dialogue.dialogue_id,
-            rendered=self.template.render(taught(dialogue.conversation, self.objective)),
-            frames=self._frames(dialogue),
+        rendered = self._rendered(dialogue)
+        return Sample(dialogue.dialogue_id, rendered, self._frames(dialogue, rendered.num_frames))
+
+    def measure(self, index: int) -> Measured:
+        """What a dialogue has in it, without reading its frames. Raises DatasetError where nothing is learned."""
+        dialogue = self.dialogues[index]
+        whole = self.template.render(taught(dialogue.conversation, self.objective))
+        rendered = self._clipped(whole)
+        labels = [(label, frame) for label, frame in zip(rendered.labels, rendered.at_frame, strict=True)]
+        if all(label == IGNORED for label, _ in labels):
+            reason = "clipped to training.max_tokens, it" if len(rendered.labels) < len(whole.labels) else "it"
+            raise DatasetError(
+                f"dialogue {dialogue.dialogue_id!r} has nothing to learn: {reason} has no turn with learn: true"
+            )
+        silence = self.template.silence_id
+        return Measured(
+            tokens=len(rendered.input_ids),
+            frames=rendered.num_frames,
+            text=sum(label != IGNORED and not frame for label, frame in labels),
+            silent=sum(label == silence and frame for label, frame in labels),
+            speaking=sum(label not in (IGNORED, silence) and frame for label, frame in labels),
+            clipped=len(whole.input_ids) - len(rendered.input_ids),
         )
-        if sample.num_labels == 0:
-            raise DatasetError(f"dialogue {dialogue.dialogue_id!r} has nothing to learn: give a turn learn: true")
-        return sample
+
+    def packed(
+        self,
+        picks: Sequence[Pick],
+        stream_weights: tuple[float, float] = (1, 1),
+        keep_silence: float = 1,
+        seed: int = 0,
+    ) -> PackedSamples:
+        """These dialogues in one row; labels at silent and speaking frames have the two `stream_weights`.
+
+        Of the silent frames only the share `keep_silence` is learned, drawn for every dialogue and epoch anew.
+        """
+        samples = [self[pick.index] for pick in picks]
+        if keep_silence < 1:
+            samples = [
+                replace(sample, rendered=self._thinned(sample, keep_silence, f"{seed} {pick.epoch}"))
+                for sample, pick in zip(samples, picks, strict=True)
+            ]
+        packed = Packed.of([sample.rendered for sample in samples])
+        at_frame = torch.tensor([flag for sample in samples for flag in sample.rendered.at_frame])
+        silent, speaking = stream_weights
+        learned = packed.labels != IGNORED
+        if not learned.any():
+            raise DatasetError(
+                f"nothing is learned in {', '.join(s.dialogue_id for s in samples)}: raise training.keep_silence"
+            )
+        of_frames = torch.where(packed.labels == self.template.silence_id, silent, speaking)
+        return PackedSamples(
+            dialogue_ids=tuple(sample.dialogue_id for sample in samples),
+            packed=packed,
+            frames=torch.cat([sample.frames for sample in samples]),
+            weights=torch.where(at_frame, of_frames, 1.0),
+            text_labels=int((learned & ~at_frame).sum()),
+            stream_labels=int((learned & at_frame).sum()),
+        )
 
     def video_ids(self) -> list[str]:
         """The videos that training sees, sorted."""
         return sorted({dialogue.video_id for dialogue in self.dialogues if dialogue.num_frames})
 
-    def _frames(self, dialogue: Dialogue) -> torch.Tensor:
-        if dialogue.num_frames == 0:
+    def _rendered(self, dialogue: Dialogue) -> Rendered:
+        return self._clipped(self.template.render(taught(dialogue.conversation, self.objective)))
+
+    def _clipped(self, rendered: Rendered) -> Rendered:
+        limit = self.max_tokens
+        return rendered if limit is None else clip(rendered, limit, self.template.frame_id)
+
+    def _thinned(self, sample: Sample, keep: float, seed: str) -> Rendered:
+        draws = random.Random(f"{seed} {sample.dialogue_id}")
+        silence, rendered = self.template.silence_id, sample.rendered
+        labels = [
+            IGNORED if frame and label == silence and draws.random() >= keep else label
+            for label, frame in zip(rendered.labels, rendered.at_frame, strict=True)
+        ]
+        return replace(rendered, labels=labels)
+
+    def _frames(self, dialogue: Dialogue, count: int) -> torch.Tensor:
+        """Tokens of its first `count` frames."""
+        if count == 0:
             return torch.empty(0, self.store.info.num_tokens, self.store.info.width, dtype=torch.float16)
-        return self.store.frames(dialogue.video_id, *dialogue.frames)
+        first = dialogue.frames[0]
+        return self.store.frames(dialogue.video_id, first, first + count)
 
     def _check(self, dialogue: Dialogue) -> None:
         where = f"dialogue {dialogue.dialogue_id!r}"
@@ -111,25 +194,22 @@ class TrainingSet:
             )
 
 
-def batch_of(samples: Sequence[Sample], pad_id: int) -> tuple[Batch, torch.Tensor]:
-    """Samples as one padded batch, and their frame tokens one after another (F, N, D)."""
-    return collate([sample.rendered for sample in samples], pad_id), torch.cat([sample.frames for sample in samples])
+def clip(rendered: Rendered, limit: int, frame_id: int) -> Rendered:
+    """The beginning of a dialogue, at most `limit` positions of it, without a frame of which only a part would be left.
 
-
-def step_order(count: int, batch: int, step: int, seed: int) -> list[int]:
-    """The indices of optimizer step `step` (from 0): a pure function, so that a run can go on anywhere.
-
-    Every epoch is another permutation of all samples; a batch may reach into the next epoch.
+    What stays is learned as before, including what its last position should say.
     """
-    indices = []
-    for position in range(step * batch, (step + 1) * batch):
-        epoch, place = divmod(position, count)
-        indices.append(_permutation(count, seed, epoch)[place])
-    return indices
-
-
-@lru_cache(maxsize=2)
-def _permutation(count: int, seed: int, epoch: int) -> tuple[int, ...]:
-    order = list(range(count))
-    random.Random(f"{seed} {epoch}").shuffle(order)
-    return tuple(order)
+    if len(rendered.input_ids) <= limit:
+        return rendered
+    stop = limit
+    while stop and rendered.input_ids[stop - 1] == frame_id and not rendered.at_frame[stop - 1]:
+        stop -= 1
+    return replace(
+        rendered,
+        input_ids=rendered.input_ids[:stop],
+        labels=rendered.labels[:stop],
+        at_frame=rendered.at_frame[:stop],
+        in_answer=rendered.in_answer[:stop],
+        turn_of=rendered.turn_of[:stop],
+        num_frames=sum(rendered.at_frame[:stop]),
+    )

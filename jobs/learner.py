@@ -1,148 +1,135 @@
 """One training worker: its copy of the model, the optimizer, and what a step does with its share of a batch.
 
-Workers hold the same parameters and differ in the dialogues they take. A step's loss is the mean over
-every learned position of the whole batch, across workers and accumulated parts, so neither their
-number nor the size of the parts changes what is learned. Which dialogues a step takes and the noise of
-dropout are functions of the step: a worker restored from a saved state goes on as if never stopped.
+Workers hold the same parameters and differ in the packs they compute. A step's loss is the mean over every
+learned position of the whole batch, across workers and packs: gradients are summed, exchanged once a step
+(each worker may have another number of packs), and divided by the number of labels. So neither the number of
+workers nor the size of packs changes what is learned. What a step takes, and the noise of dropout in it, are
+functions of the step: a worker restored from a saved state goes on as if never stopped.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 import torch.distributed
-from pydantic import Field
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
 
-from actors.adapter import AdapterConfig
-from actors.config import ConfigError, Section
 from actors.model import VideoLLM
-from actors.objective import Objective
-from jobs.dataset import Sample, TrainingSet, batch_of, step_order
+from jobs.dataset import PackedSamples, TrainingSet
+from jobs.lookahead import Lookahead
+from jobs.plan import Pack, Plan
+from jobs.training_config import Part, TrainingConfig, learning_rate
+
+PACKS_AHEAD = 2  # read and rendered while the model computes
+EXCHANGED = 2**24  # numbers that travel between workers at once
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on; says at which step and with which dialogues."""
 
 
-class TrainingConfig(Section):
-    """How a model is fine-tuned; the defaults are the public reference's narration recipe."""
-
-    name: str = Field(default="run", min_length=1, description="of the run; its files are in training.folder/name")
-    folder: str = Field(default="runs", description="holds the runs")
-    objective: Objective = Field(
-        default="streaming", description="streaming is the paper's; the others are those it is compared with"
-    )
-    adapter: AdapterConfig = Field(default=AdapterConfig(), description="LoRA; the connector is always trained fully")
-    epochs: float = Field(default=2, gt=0)
-    max_steps: int | None = Field(default=None, ge=1, description="optimizer steps, instead of epochs")
-    batch_size: int = Field(default=64, ge=1, description="dialogues in one optimizer step, of all workers together")
-    forward_size: int = Field(default=1, ge=1, description="dialogues in one forward pass of one worker")
-    learning_rate: float = Field(default=2e-4, gt=0)
-    warmup: float = Field(default=0.05, ge=0, lt=1, description="share of the steps in which the rate rises")
-    weight_decay: float = Field(default=0, ge=0)
-    max_gradient_norm: float = Field(default=1, gt=0)
-    seed: int = 0
-    workers: int = Field(default=1, ge=1)
-    cpus_per_worker: float = Field(default=0.5, gt=0, description="logical CPUs of Ray, not threads")
-    gpu: bool = Field(default=False, description="give each worker one GPU")
-    threads: int = Field(
-        default=1, ge=1, description="of torch in a worker on CPUs; more than the cores it has to itself is far slower"
-    )
-    checkpoint_every: int = Field(default=100, ge=1, description="steps; the last one is always saved")
-    keep_checkpoints: int = Field(default=2, ge=1)
-    max_failures: int = Field(default=2, ge=0, description="times a killed worker is replaced")
-
-    def num_steps(self, num_dialogues: int) -> int:
-        """Optimizer steps of the whole run."""
-        return self.max_steps or math.ceil(self.epochs * num_dialogues / self.batch_size)
-
-    def check(self) -> None:
-        """Raises ConfigError unless the batch divides evenly among workers and forward passes."""
-        share = self.workers * self.forward_size
-        if self.batch_size % share:
-            raise ConfigError(
-                f"training.batch_size is {self.batch_size}, expected a multiple of workers x forward_size = "
-                f"{self.workers} x {self.forward_size}"
-            )
-
-
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step did; `loss` is the mean over `labels` learned positions of all workers."""
+    """What one optimizer step did, over all workers.
+
+    `loss` is the mean over `labels` learned positions, as weighted; `text_loss` and `stream_loss` are the plain
+    cross-entropies of words and of decisions at frames, none where a step has no such label.
+    """
 
     step: int
     loss: float
+    text_loss: float | None
+    stream_loss: float | None
     labels: int
+    stream_labels: int
     tokens: int
+    packs: int
     learning_rate: float
     gradient_norm: float
 
 
-def learning_rate(step: int, num_steps: int, config: TrainingConfig) -> float:
-    """Linear warm-up to the peak, then half a cosine to zero after the last step."""
-    warmup = math.ceil(config.warmup * num_steps)
-    if step < warmup:
-        return config.learning_rate * (step + 1) / (warmup + 1)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (num_steps - warmup)))
+@dataclass
+class _Sums:
+    """What adds up over packs and workers."""
+
+    weighted: float = 0
+    text: float = 0
+    stream: float = 0
+    labels: float = 0
+    stream_labels: float = 0
+    tokens: float = 0
+    packs: float = 0
 
 
 class Learner:
-    """Trains what requires a gradient in `module`: a VideoLLM, or one wrapped for distributed training."""
+    """Trains what requires a gradient in `model`, by `plan` over `data`."""
 
     def __init__(
         self,
-        module: nn.Module,
+        model: VideoLLM,
         data: TrainingSet,
+        plan: Plan,
         config: TrainingConfig,
         rank: int = 0,
         workers: int = 1,
     ) -> None:
-        self.module = module
-        self.model = cast(VideoLLM, module.module if isinstance(module, DistributedDataParallel) else module)
+        self.model = model
         self.data = data
+        self.plan = plan
         self.config = config
         self.rank = rank
         self.workers = workers
-        self.num_steps = config.num_steps(len(data))
+        self.num_steps = plan.num_steps
         self.step = 0
-        self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), weight_decay=config.weight_decay)
+        self.stream_weights = plan.stream_weights(model.config.stream_loss_weight)
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        groups: dict[Part, list[nn.Parameter]] = {"adapter": [], "connector": []}
+        for name, parameter in self.parameters.items():
+            groups["connector" if name.startswith("connector.") else "adapter"].append(parameter)
+        self.optimizer = torch.optim.AdamW(
+            [{"params": parameters, "part": part} for part, parameters in groups.items() if parameters],
+            weight_decay=config.weight_decay,
+        )
 
     def take_step(self) -> Step:
         """One optimizer step. Raises TrainingError where the loss is not finite."""
         step, config = self.step, self.config
-        torch.manual_seed((config.seed * 1_000_003 + step) * 1_009 + self.rank)
-        self.module.train()
-        order = step_order(len(self.data), config.batch_size, step, config.seed)
-        samples = [self.data[index] for index in order[self.rank :: self.workers]]
-        labels, tokens = self._total(
-            [sum(s.num_labels for s in samples), sum(len(s.rendered.input_ids) for s in samples)]
-        )
-        loss = self._accumulate(samples, labels)
+        self.model.train()
+        sums, odd = self._accumulate(step)
+        self._exchange(sums)
+        for parameter in self.parameters.values():
+            if parameter.grad is not None:
+                parameter.grad /= sums.labels
         norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), config.max_gradient_norm))
+        loss = sums.weighted / sums.labels
         if not math.isfinite(loss) or not math.isfinite(norm):
-            raise TrainingError(
-                f"step {step}: loss {loss}, gradient norm {norm}, with dialogues "
-                f"{', '.join(sample.dialogue_id for sample in samples)}: lower training.learning_rate, or look at them"
-            )
-        rate = learning_rate(step, self.num_steps, config)
+            self.optimizer.zero_grad(set_to_none=True)
+            raise TrainingError(self._explain(step, loss, norm, odd))
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = learning_rate(step, self.num_steps, config, group["part"])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return Step(step, self._mean(loss), int(labels), int(tokens), rate, norm)
+        text_labels = sums.labels - sums.stream_labels
+        return Step(
+            step=step,
+            loss=loss,
+            text_loss=sums.text / text_labels if text_labels else None,
+            stream_loss=sums.stream / sums.stream_labels if sums.stream_labels else None,
+            labels=int(sums.labels),
+            stream_labels=int(sums.stream_labels),
+            tokens=int(sums.tokens),
+            packs=int(sums.packs),
+            learning_rate=learning_rate(step, self.num_steps, config),
+            gradient_norm=norm,
+        )
 
     def save(self, path: Path) -> None:
-        """All that the rest of the run depends on."""
+        """All that the rest of the run depends on; rates, order and noise follow from the step."""
         parameters = {name: parameter.detach() for name, parameter in self.parameters.items()}
         torch.save({"step": self.step, "parameters": parameters, "optimizer": self.optimizer.state_dict()}, path)
 
@@ -164,45 +151,86 @@ class Learner:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
 
-    def _accumulate(self, samples: Sequence[Sample], labels: float) -> float:
-        """Gradients of the samples' share of the batch's mean loss; returns that share times the workers."""
-        size = self.config.forward_size
-        parts = [samples[start : start + size] for start in range(0, len(samples), size)]
-        total = 0.0
-        for number, part in enumerate(parts, start=1):
-            with self._unsynchronized() if number < len(parts) else nullcontext():
-                loss = self._loss(part, labels / self.workers)
-                loss.backward()
-            total += float(loss.detach())
-        return total
+    def _accumulate(self, step: int) -> tuple[_Sums, list[str]]:
+        """Gradients of the sum over this worker's packs, their sums, and the dialogues of packs that went wrong."""
+        sums, odd = _Sums(), list[str]()
+        recompute = self.config.recompute
+        losses, names = list[torch.Tensor](), list[tuple[str, ...]]()
+        with Lookahead(self._packs(self.plan.share(step, self.rank, self.workers)), PACKS_AHEAD) as ahead:
+            for number, samples in ahead:
+                # Of the pack, not of the worker: the same noise however packs are shared out.
+                torch.manual_seed((self.config.seed * 1_000_003 + step) * 1_009 + number)
+                pack = samples.packed.to(self.model.device)
+                loss = self.model.packed_loss(
+                    pack, samples.frames.to(self.model.device), samples.weights.to(self.model.device), recompute
+                )
+                loss.weighted.backward()
+                losses.append(torch.stack([part.detach().double() for part in loss]))
+                names.append(samples.dialogue_ids)
+                sums.labels += samples.text_labels + samples.stream_labels
+                sums.stream_labels += samples.stream_labels
+                sums.tokens += sum(pack.lengths)
+                sums.packs += 1
+        found = torch.stack(losses).tolist() if losses else []
+        for (weighted, text, stream), dialogues in zip(found, names, strict=True):
+            sums.weighted += weighted
+            sums.text += text
+            sums.stream += stream
+            if not math.isfinite(weighted):
+                odd += dialogues
+        return sums, odd
 
-    def _loss(self, samples: Sequence[Sample], denominator: float) -> Tensor:
-        device, template = self.model.device, self.data.template
-        batch, frames = batch_of(samples, template.eos_id)
-        padded = not bool(batch.attention_mask.all())
-        mixed = self.model.llm.dtype == torch.bfloat16
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=mixed):
-            loss: Tensor = self.module(
-                batch.input_ids.to(device),
-                frames.to(device),
-                attention_mask=batch.attention_mask.to(device) if padded else None,
-                labels=batch.labels.to(device),
-                # Distributed gradients are averaged over workers: each counts its share of the labels.
-                denominator=denominator,
-            ).loss
-        return loss
+    def _packs(self, packs: list[Pack]) -> Iterator[tuple[int, PackedSamples]]:
+        for one in packs:
+            yield (
+                one.number,
+                self.data.packed(one.picks, self.stream_weights, self.config.keep_silence, self.config.seed),
+            )
 
-    def _unsynchronized(self) -> AbstractContextManager[None]:
-        return self.module.no_sync() if isinstance(self.module, DistributedDataParallel) else nullcontext()
+    def _exchange(self, sums: _Sums) -> None:
+        """Sum numbers and gradients over workers, in place."""
+        if self.workers == 1:
+            return
+        device = self.model.device
+        numbers = torch.tensor(list(vars(sums).values()), dtype=torch.float64, device=device)
+        torch.distributed.all_reduce(numbers)
+        for name, number in zip(vars(sums), numbers.tolist(), strict=True):
+            setattr(sums, name, number)
+        gradients = []
+        for parameter in self.parameters.values():
+            if parameter.grad is None:  # this worker had no pack
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
+        for bucket in _buckets(gradients):
+            flat = torch.cat([gradient.flatten() for gradient in bucket])
+            torch.distributed.all_reduce(flat)
+            parts = flat.split([gradient.numel() for gradient in bucket])
+            for gradient, summed in zip(bucket, parts, strict=True):
+                gradient.copy_(summed.view_as(gradient))
 
-    def _total(self, numbers: Sequence[float]) -> list[float]:
-        """The sum of each number over workers."""
-        total = torch.tensor(numbers, dtype=torch.float64)
+    def _explain(self, step: int, loss: float, norm: float, odd: list[str]) -> str:
+        """What went wrong and where; every worker raises the same."""
+        found = [(odd, [name for pack in self.plan.share(step, self.rank, self.workers) for name in self._names(pack)])]
         if self.workers > 1:
-            device = self.model.device
-            total = total.to(device)
-            torch.distributed.all_reduce(total)
-        return [float(number) for number in total]
+            found = found * self.workers
+            torch.distributed.all_gather_object(found, found[self.rank])
+        guilty = [name for wrong, _ in found for name in wrong] or [name for _, all_ in found for name in all_]
+        return (
+            f"step {step}: loss {loss}, gradient norm {norm}, with dialogues {', '.join(guilty)}: "
+            "lower training.learning_rate, or look at them"
+        )
 
-    def _mean(self, number: float) -> float:
-        return self._total([number])[0] / self.workers
+    def _names(self, pack: Pack) -> list[str]:
+        return [self.data.dialogues[pick.index].dialogue_id for pick in pack.picks]
+
+
+def _buckets(tensors: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    bucket, size = list[torch.Tensor](), 0
+    for tensor in tensors:
+        bucket.append(tensor)
+        size += tensor.numel()
+        if size >= EXCHANGED:
+            yield bucket
+            bucket, size = [], 0
+    if bucket:
+        yield bucket

@@ -13,9 +13,6 @@ Workers are processes of Ray Train: one on a laptop's CPU, or one per GPU of a c
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import json
 import logging
 import os
 import shutil
@@ -35,39 +32,27 @@ from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from actors import checkpoint
 from actors.cache import CacheError, whole_folder
-from actors.causal_lm import causal_lm_folder, load_tokenizer
 from actors.config import Config, ConfigError, ModelConfig, Section
-from actors.dialogue import Template
 from actors.embedded import EmbeddedModelError
 from actors.parts import CheckpointError
 from actors.runtime import limit_threads, native_dtype
 from actors.turns import DialogueError
-from actors.vision import vision_fingerprint
 from actors.weights import WeightsError
 from jobs.cluster import connect, is_local
-from jobs.dataset import DatasetError, TrainingSet
-from jobs.dialogue_files import DialogueFileError, read_dialogues, to_line
+from jobs.dataset import DatasetError
+from jobs.dialogue_files import DialogueFileError
 from jobs.dialogues import DataConfig
 from jobs.encode_frames import StoreConfig
-from jobs.frame_store import FrameStore, StoreError
-from jobs.learner import Learner, TrainingConfig, TrainingError
+from jobs.frame_store import StoreError
+from jobs.learner import Learner, TrainingError
 from jobs.program import run
+from jobs.training_config import TrainingConfig
 from jobs.training_log import TrainingLog, plot_log
+from jobs.training_run import PLAN_FILE, SETTINGS_FILE, keep_settings, load_data, make_plan, portable, run_folder
 
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "learner.pt"  # beside a servable checkpoint: what only going on with the training needs
-# Settings that do not change what is learned, so that a run may go on with others.
-FREE = {
-    "folder",
-    "workers",
-    "cpus_per_worker",
-    "gpu",
-    "threads",
-    "forward_size",
-    "checkpoint_every",
-    "keep_checkpoints",
-}
 
 
 def train(config: Config) -> Path:
@@ -78,46 +63,20 @@ def train(config: Config) -> Path:
     config = portable(config)
     settings = config.section("training", TrainingConfig)
     settings.check()
-    run_folder = Path(settings.folder) / settings.name
-    template = Template(load_tokenizer(causal_lm_folder(config.model.llm)), config.model.frames)
-    data = load_data(config, template)
-    keep_settings(config, data, run_folder / "settings.json")
-    steps = settings.num_steps(len(data))
-    logger.info("run=%s dialogues=%d videos=%d steps=%d", run_folder, len(data), len(data.video_ids()), steps)
+    folder = run_folder(config)
+    data = load_data(config)
+    keep_settings(config, data, folder / SETTINGS_FILE)
+    plan = make_plan(config, data, folder / PLAN_FILE)
+    logger.info("run=%s dialogues=%d videos=%d steps=%d", folder, len(data), len(data.video_ids()), plan.num_steps)
     connect()
-    result = _trainer(config, settings, run_folder).fit()
+    result = _trainer(config, settings, folder).fit()
     if result.checkpoint is None:
-        raise TrainingError(f"the run in {run_folder} ended without a checkpoint: look at its metrics.jsonl")
-    with result.checkpoint.as_directory() as folder, whole_folder(run_folder / "checkpoint") as part:
-        shutil.copytree(folder, part, ignore=shutil.ignore_patterns(STATE_FILE, ".*"), dirs_exist_ok=True)
-    plot_log(run_folder / "metrics.jsonl", run_folder / "curves.png")
-    logger.info("trained: serve it with model.checkpoint=%s", run_folder / "checkpoint")
-    return run_folder / "checkpoint"
-
-
-def portable(config: Config) -> Config:
-    """The same settings with local paths made absolute: workers run in other folders."""
-    sections = copy.deepcopy(config.sections)
-    paths = {
-        ("training", "folder"): config.section("training", TrainingConfig).folder,
-        ("data", "folder"): config.section("data", DataConfig).folder,
-        ("store", "folder"): config.section("store", StoreConfig).folder,
-    }
-    for key in ("llm", "vision", "checkpoint"):
-        value = getattr(config.model, key)
-        if value is not None and Path(value).exists():
-            paths["model", key] = value
-    for (section, key), path in paths.items():
-        sections.setdefault(section, {})[key] = str(Path(path).absolute())
-    return Config(sections, config.source)
-
-
-def load_data(config: Config, template: Template) -> TrainingSet:
-    """The training dialogues with their frame tokens, checked against the model and each other."""
-    dialogues = read_dialogues(Path(config.section("data", DataConfig).folder) / "train")
-    folder = config.section("store", StoreConfig).folder
-    store = FrameStore.open(folder, expect_fingerprint=vision_fingerprint(config.model))
-    return TrainingSet(dialogues, store, template, config.section("training", TrainingConfig).objective)
+        raise TrainingError(f"the run in {folder} ended without a checkpoint: look at its metrics.jsonl")
+    with result.checkpoint.as_directory() as trained, whole_folder(folder / "checkpoint") as part:
+        shutil.copytree(trained, part, ignore=shutil.ignore_patterns(STATE_FILE, ".*"), dirs_exist_ok=True)
+    plot_log(folder / "metrics.jsonl", folder / "curves.png")
+    logger.info("trained: serve it with model.checkpoint=%s", folder / "checkpoint")
+    return folder / "checkpoint"
 
 
 class _Trainer(TorchTrainer):
@@ -135,7 +94,7 @@ class _Trainer(TorchTrainer):
         return [c for c in callbacks if not (is_local() and isinstance(c, PlacementGroupCleanerCallback))]
 
 
-def _trainer(config: Config, settings: TrainingConfig, run_folder: Path) -> _Trainer:
+def _trainer(config: Config, settings: TrainingConfig, folder: Path) -> _Trainer:
     if is_local():
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away
     resources = {"CPU": settings.cpus_per_worker} | ({"GPU": 1} if settings.gpu else {})
@@ -147,7 +106,7 @@ def _trainer(config: Config, settings: TrainingConfig, run_folder: Path) -> _Tra
         ),
         run_config=RunConfig(
             name="steps",
-            storage_path=str(run_folder),
+            storage_path=str(folder),
             checkpoint_config=CheckpointConfig(num_to_keep=settings.keep_checkpoints),
             failure_config=FailureConfig(max_failures=settings.max_failures),
         ),
@@ -164,14 +123,13 @@ def _work(parcel: dict) -> None:
     limit_threads(settings.threads)
     device = ray.train.torch.get_device()
     loaded = _start(config.model, settings, device)
-    module = ray.train.torch.prepare_model(loaded.model)
     data = load_data(config, loaded.template)
-    learner = Learner(module, data, settings, rank, workers)
+    plan = make_plan(config, data, run_folder(config) / PLAN_FILE)
+    learner = Learner(loaded.model, data, plan, settings, rank, workers)
     if (saved := ray.train.get_checkpoint()) is not None:
         with saved.as_directory() as folder:
             learner.restore(Path(folder) / STATE_FILE)
-    path = Path(settings.folder) / settings.name / "metrics.jsonl"
-    log = TrainingLog(path, learner.step, learner.num_steps) if rank == 0 else None
+    log = TrainingLog(run_folder(config) / "metrics.jsonl", learner.step, learner.num_steps) if rank == 0 else None
     while learner.step < learner.num_steps:
         step = learner.take_step()
         if log is not None:
@@ -204,32 +162,6 @@ def _report(metrics: dict[str, float], learner: Learner, loaded: checkpoint.Load
         checkpoint.save(folder, loaded, learner.data.video_ids())
         learner.save(folder / STATE_FILE)
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
-
-
-def keep_settings(config: Config, data: TrainingSet, file: Path) -> None:
-    """Note what a run trains, so that nothing else goes on under its name. Raises ConfigError."""
-    lines = "".join(to_line(dialogue) for dialogue in data.dialogues)
-    now = {
-        "model": config.model.model_dump(mode="json"),
-        "training": config.section("training", TrainingConfig).model_dump(mode="json", exclude=FREE),
-        "frames": data.store.info.model_dump(mode="json"),
-        "dialogues": {"count": len(data), "sha256": hashlib.sha256(lines.encode()).hexdigest()},
-    }
-    if file.is_file():
-        before = json.loads(file.read_text())
-        for section, key in ((section, key) for section, values in now.items() for key in values):
-            old, new = before.get(section, {}).get(key), now[section][key]
-            if old != new:
-                raise ConfigError(
-                    f"the run in {file.parent} was started with {section}.{key} {old}, now it is {new}: "
-                    "give another training.name, or remove that folder"
-                )
-        logger.info("run=%s goes on where it stopped", file.parent)
-        return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".part")
-    temporary.write_text(json.dumps(now, indent=2) + "\n")
-    temporary.replace(file)
 
 
 SECTIONS: dict[str, type[Section]] = {

@@ -39,15 +39,22 @@ class TrainingLog:
         done = step.step + 1 - self.first
         left = (now - self.started) / done * (self.num_steps - step.step - 1)
         logger.info(
-            "step=%d/%d loss=%.4f learning_rate=%.3g gradient_norm=%.3g tokens_per_s=%.0f eta_s=%.0f",
+            "step=%d/%d loss=%.4f text_loss=%s stream_loss=%s learning_rate=%.3g gradient_norm=%.3g "
+            "tokens_per_s=%.0f eta_s=%.0f",
             step.step + 1,
             self.num_steps,
             step.loss,
+            _digits(step.text_loss),
+            _digits(step.stream_loss),
             step.learning_rate,
             step.gradient_norm,
             record["tokens_per_s"],
             left,
         )
+
+
+def _digits(number: float | None) -> str:
+    return "-" if number is None else f"{number:.4f}"
 
 
 def read_log(path: Path) -> list[dict[str, float]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,9 +12,10 @@ from actors.causal_lm import load_tokenizer
 from actors.config import FrameConfig, ModelConfig
 from actors.dialogue import Template
 from actors.objective import Objective
-from jobs.dataset import DatasetError, TrainingSet, batch_of, step_order
+from jobs.dataset import DatasetError, TrainingSet, clip
 from jobs.dialogues import Dialogue
 from jobs.frame_store import FrameStore
+from jobs.plan import Pick
 
 VIDEOS = ["ab", "abcd", "abcdef"]
 
@@ -51,13 +51,62 @@ def test_an_objective_changes_what_is_learned_and_no_frame(
     assert (sample.rendered.labels == plain.rendered.labels) == (objective == "streaming")
 
 
-def test_a_batch_has_all_frames_in_the_order_of_its_rows(store: FrameStore, template: Template) -> None:
+def test_a_pack_has_ids_labels_and_frames_one_after_another(store: FrameStore, template: Template) -> None:
     data = TrainingSet([narrated(video) for video in VIDEOS], store, template)
     samples = [data[2], data[0]]
-    batch, frames = batch_of(samples, template.eos_id)
-    assert torch.equal(frames, torch.cat([samples[0].frames, samples[1].frames]))
-    assert batch.attention_mask.sum(1).tolist() == [len(sample.rendered.input_ids) for sample in samples]
-    assert (batch.labels != -100).sum(1).tolist() == [sample.num_labels for sample in samples]
+    pack = data.packed([Pick(2, 0), Pick(0, 0)])
+    assert pack.dialogue_ids == ("abcdef-narration-0", "ab-narration-0")
+    assert torch.equal(pack.frames, torch.cat([sample.frames for sample in samples]))
+    assert pack.packed.input_ids.tolist() == [i for sample in samples for i in sample.rendered.input_ids]
+    assert pack.packed.labels.tolist() == [i for sample in samples for i in sample.rendered.labels]
+    assert pack.packed.positions.tolist() == [p for sample in samples for p in range(len(sample.rendered.labels))]
+    assert pack.packed.lengths == tuple(len(sample.rendered.labels) for sample in samples)
+
+
+def test_measurements_are_what_a_pack_will_have(store: FrameStore, template: Template) -> None:
+    data = TrainingSet([narrated(video) for video in VIDEOS], store, template, max_tokens=100)
+    for index in range(len(VIDEOS)):
+        measured, pack = data.measure(index), data.packed([Pick(index, 0)])
+        assert (measured.tokens,) == pack.packed.lengths
+        assert measured.tokens <= 100 < measured.tokens + measured.clipped
+        assert (measured.text, measured.silent + measured.speaking) == (pack.text_labels, pack.stream_labels)
+        assert measured.frames == len(pack.frames)
+
+
+@pytest.mark.parametrize("limit", range(30, 140, 7))
+def test_a_clipped_dialogue_is_its_beginning_without_half_a_frame(
+    store: FrameStore, template: Template, limit: int
+) -> None:
+    (sample,) = TrainingSet([narrated("abcd")], store, template)
+    whole, short = sample.rendered, clip(sample.rendered, limit, template.frame_id)
+    length = len(short.input_ids)
+    assert limit - 10 < length <= limit
+    assert (short.input_ids, short.labels) == (whole.input_ids[:length], whole.labels[:length])
+    assert short.input_ids.count(template.frame_id) == 10 * short.num_frames
+    assert clip(whole, len(whole.input_ids), template.frame_id) is whole
+
+
+def test_some_silent_frames_are_left_out_others_in_every_epoch(store: FrameStore, template: Template) -> None:
+    data = TrainingSet([narrated("abcd")], store, template)
+    whole = data.packed([Pick(0, 0)]).packed.labels
+    epochs = [data.packed([Pick(0, epoch)], keep_silence=0.5, seed=3) for epoch in range(8)]
+    silent = whole == template.silence_id
+    for pack in epochs:
+        assert torch.equal(pack.packed.labels[~silent], whole[~silent])
+        assert pack.text_labels + pack.stream_labels == int((pack.packed.labels != -100).sum())
+    kept = [int((pack.packed.labels == template.silence_id).sum()) for pack in epochs]
+    assert 0 < sum(kept) < 8 * int(silent.sum())
+    assert len({tuple(pack.packed.labels.tolist()) for pack in epochs}) > 1
+    again = data.packed([Pick(0, 5)], keep_silence=0.5, seed=3).packed.labels
+    assert torch.equal(again, epochs[5].packed.labels)
+
+
+def test_labels_at_frames_have_the_weight_of_their_kind(store: FrameStore, template: Template) -> None:
+    data = TrainingSet([narrated("abcd")], store, template)
+    pack, rendered = data.packed([Pick(0, 0)], stream_weights=(0.25, 4)), data[0].rendered
+    for label, at_frame, weight in zip(rendered.labels, rendered.at_frame, pack.weights.tolist(), strict=True):
+        if label != -100:
+            assert weight == ((0.25 if label == template.silence_id else 4) if at_frame else 1)
 
 
 def test_dialogues_without_frame_tokens_are_left_out(
@@ -105,20 +154,7 @@ def test_a_dialogue_without_anything_to_learn_is_refused(store: FrameStore, temp
     )
     data = TrainingSet([dialogue.model_copy(update={"conversation": turns})], store, template)
     with pytest.raises(DatasetError, match="'ab-narration-0' has nothing to learn"):
-        data[0]
-
-
-def test_every_epoch_is_another_permutation_of_all_samples() -> None:
-    order = [index for step in range(14) for index in step_order(7, 3, step, seed=0)]
-    epochs = [order[start : start + 7] for start in range(0, 42, 7)]
-    assert all(Counter(epoch) == Counter(range(7)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) > 1
-    assert order != [index for step in range(14) for index in step_order(7, 3, step, seed=1)]
-
-
-def test_an_order_does_not_depend_on_what_was_asked_before() -> None:
-    later = step_order(7, 3, 9, seed=0)
-    assert [step_order(7, 3, step, seed=0) for step in range(10)][9] == later
+        data.measure(0)
 
 
 def test_a_dialogue_without_frames_needs_no_video(store: FrameStore, template: Template) -> None:
@@ -129,6 +165,4 @@ def test_a_dialogue_without_frames_needs_no_video(store: FrameStore, template: T
     )
     assert data.video_ids() == ["ab"]
     assert data[0].frames.shape == (0, *data[1].frames.shape[1:])
-    batch, frames = batch_of([data[0], data[1]], template.eos_id)
-    assert torch.equal(frames, data[1].frames)
-    assert batch.at_frame[0].sum() == 0
+    assert torch.equal(data.packed([Pick(0, 0), Pick(1, 0)]).frames, data[1].frames)

@@ -13,7 +13,9 @@ from actors.adapter import AdapterConfig
 from actors.config import ConfigError, ModelConfig
 from jobs.dataset import TrainingSet
 from jobs.frame_store import FrameStore
-from jobs.learner import Learner, TrainingConfig, TrainingError, learning_rate
+from jobs.learner import Learner, TrainingError
+from jobs.plan import Plan
+from jobs.training_config import TrainingConfig, learning_rate
 
 VIDEOS = ["ab", "abcd", "abcdef", "abcdefghij"]
 ADAPTER = AdapterConfig(rank=4, alpha=8, dropout=0)
@@ -33,7 +35,8 @@ def learner_of(store: FrameStore, tiny_configs: dict[str, ModelConfig]):
             {"adapter": ADAPTER, "batch_size": 4, "max_steps": 6, "learning_rate": 1e-2} | settings
         )
         loaded = checkpoint.untrained(untrained_config(tiny_configs[version]), adapter=config.adapter)
-        return Learner(loaded.model, TrainingSet([narrated(v) for v in VIDEOS], store, loaded.template), config)
+        data = TrainingSet([narrated(v) for v in VIDEOS], store, loaded.template)
+        return Learner(loaded.model, data, Plan([data.measure(i) for i in range(len(data))], config), config)
 
     return make
 
@@ -42,19 +45,24 @@ def parameters(learner: Learner) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in learner.parameters.items()}
 
 
-def gradients(learner: Learner) -> dict[str, torch.Tensor]:
-    """Of the first step, as the optimizer would get them."""
-    found: dict[str, torch.Tensor] = {}
-    for name, parameter in learner.parameters.items():
-        parameter.register_post_accumulate_grad_hook(lambda p, name=name: found.update({name: p.grad.clone()}))
-    learner.take_step()
-    return found
+def gradients(*learners: Learner) -> dict[str, torch.Tensor]:
+    """Of the mean loss of the first step, whose packs the learners share."""
+    labels, total = 0.0, dict[str, torch.Tensor]()
+    for rank, learner in enumerate(learners):
+        learner.rank, learner.workers = rank, len(learners)
+        learner.model.train()
+        labels += learner._accumulate(0)[0].labels
+        for name, parameter in learner.parameters.items():
+            total[name] = total.get(name, 0) + parameter.grad
+    return {name: gradient / labels for name, gradient in total.items()}
 
 
-@pytest.mark.parametrize("forward_size", [1, 2])
-def test_accumulated_parts_have_the_gradients_of_one_large_batch(learner_of, forward_size: int) -> None:
-    whole = gradients(learner_of(forward_size=4))
-    parts = gradients(learner_of(forward_size=forward_size))
+@pytest.mark.parametrize("pack_tokens", [1, 400])
+def test_packs_of_any_size_have_the_gradients_of_one_large_pack(learner_of, pack_tokens: int) -> None:
+    whole = gradients(learner_of(pack_tokens=10_000))
+    learner = learner_of(pack_tokens=pack_tokens)
+    assert len(learner.plan.packs(0)) > 1
+    parts = gradients(learner)
     assert whole.keys() == parts.keys()
     for name, gradient in whole.items():
         assert (parts[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
@@ -62,14 +70,36 @@ def test_accumulated_parts_have_the_gradients_of_one_large_batch(learner_of, for
 
 def test_the_loss_is_the_mean_over_all_learned_positions_of_the_batch(learner_of) -> None:
     learner = learner_of()
-    samples = [learner.data[index] for index in range(len(learner.data))]
+    picks = [pick for pack in learner.plan.packs(0) for pick in pack.picks]
+    samples = [learner.data.packed([pick]) for pick in picks]
     with torch.no_grad():
-        learner.module.train()
-        sums = [float(learner._loss([sample], 1.0)) for sample in samples]
+        losses = [learner.model.packed_loss(sample.packed, sample.frames) for sample in samples]
     step = learner.take_step()
-    assert step.labels == sum(sample.num_labels for sample in samples)
-    assert len({sample.num_labels for sample in samples}) > 1, "else a mean of means would pass, too"
-    assert step.loss == pytest.approx(sum(sums) / step.labels, rel=1e-5)
+    text, stream = (sum(getattr(sample, f"{kind}_labels") for sample in samples) for kind in ("text", "stream"))
+    assert (step.labels, step.stream_labels) == (text + stream, stream)
+    assert len({sample.text_labels for sample in samples}) > 1, "else a mean of means would pass, too"
+    assert step.loss == pytest.approx(sum(float(loss.weighted) for loss in losses) / step.labels, rel=1e-5)
+    assert step.text_loss == pytest.approx(sum(float(loss.text) for loss in losses) / text, rel=1e-5)
+    assert step.stream_loss == pytest.approx(sum(float(loss.stream) for loss in losses) / stream, rel=1e-5)
+
+
+def test_the_connector_may_learn_at_a_rate_of_its_own(learner_of) -> None:
+    learner = learner_of(connector_learning_rate=3e-3, weight_decay=0)
+    before = parameters(learner)
+    learner.take_step()
+    rates = {"connector": learning_rate(0, 6, learner.config, "connector"), "llm": learning_rate(0, 6, learner.config)}
+    assert rates["connector"] == pytest.approx(0.3 * rates["llm"])
+    for name, parameter in parameters(learner).items():
+        moved = (parameter - before[name]).abs().max()
+        assert moved == pytest.approx(rates[name.partition(".")[0]], rel=0.01) or "lora_A" in name, name
+
+
+def test_dropout_draws_by_step_and_pack_and_not_by_worker(learner_of) -> None:
+    settings = {"adapter": ADAPTER.model_copy(update={"dropout": 0.3}), "pack_tokens": 1}
+    alone = gradients(learner_of(**settings))
+    shared = gradients(learner_of(**settings), learner_of(**settings))
+    for name, gradient in alone.items():
+        assert (shared[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
 
 def test_training_moves_adapter_and_connector_and_nothing_else(learner_of) -> None:
@@ -93,6 +123,7 @@ def test_a_run_that_stopped_goes_on_as_if_it_had_not(learner_of, tmp_path: Path)
     first.save(tmp_path / "learner.pt")
     second = learner_of(**settings)
     second.restore(tmp_path / "learner.pt")
+    assert second.optimizer.state_dict()["state"].keys() == straight.optimizer.state_dict()["state"].keys()
     assert [second.take_step() for _ in range(3)] == steps[3:]
     for name, parameter in parameters(straight).items():
         assert torch.equal(parameters(second)[name], parameter), name
@@ -109,7 +140,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_dialogues(learner_of) -> None:
     with torch.no_grad():
         learner.model.connector[0].weight[0, 0] = torch.nan
     before = parameters(learner)
-    with pytest.raises(TrainingError, match=r"step 0: loss nan.*ab\w*-narration-0"):
+    with pytest.raises(TrainingError, match=r"step 0: loss nan.*ab\w*-narration-0: lower"):
         learner.take_step()
     assert all(torch.equal(p, before[name]) for name, p in parameters(learner).items() if not name.startswith("conn"))
 
@@ -124,8 +155,8 @@ def test_the_rate_rises_to_its_peak_and_falls_to_zero() -> None:
     assert rates[100] == pytest.approx(0, abs=1e-12)
 
 
-def test_epochs_become_steps_and_uneven_batches_are_refused() -> None:
+def test_epochs_become_steps_and_too_small_batches_are_refused() -> None:
     assert TrainingConfig(epochs=2, batch_size=64).num_steps(100) == 4
     assert TrainingConfig(max_steps=7).num_steps(100) == 7
-    with pytest.raises(ConfigError, match=r"batch_size is 6, expected a multiple of workers x forward_size = 2 x 2"):
-        TrainingConfig(batch_size=6, workers=2, forward_size=2).check()
+    with pytest.raises(ConfigError, match=r"batch_size is 3, fewer dialogues than training.workers 4"):
+        TrainingConfig(batch_size=3, workers=4).check()

@@ -16,17 +16,17 @@ import yaml
 from training_data import narrated, untrained_config, write_store
 
 from actors import checkpoint
-from actors.causal_lm import load_tokenizer
 from actors.config import Config, ConfigError, ModelConfig
-from actors.dialogue import Template
 from actors.vision import vision_fingerprint
 from jobs.build_dialogues import build
 from jobs.dialogue_files import to_line
 from jobs.encode_frames import encode
 from jobs.frame_store import FrameStore, StoreError
-from jobs.learner import Learner, TrainingConfig
-from jobs.train import STATE_FILE, keep_settings, load_data, portable, train
+from jobs.learner import Learner
+from jobs.train import STATE_FILE, train
+from jobs.training_config import TrainingConfig
 from jobs.training_log import read_log
+from jobs.training_run import PLAN_FILE, keep_settings, load_data, make_plan, portable
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context", "ignore::ResourceWarning")
 
@@ -69,15 +69,12 @@ def prepared(settings_of, tmp_path: Path):
     return settings_of
 
 
-def template_of(config: Config) -> Template:
-    return Template(load_tokenizer(Path(config.model.llm)), config.model.frames)
-
-
 def learner_of(config: Config) -> Learner:
     """The same training in this process, without Ray."""
     settings = config.section("training", TrainingConfig)
     loaded = checkpoint.untrained(config.model, settings.seed, adapter=settings.adapter)
-    return Learner(loaded.model, load_data(config, loaded.template), settings)
+    data = load_data(config, loaded.template)
+    return Learner(loaded.model, data, make_plan(config, data, Path(settings.folder) / PLAN_FILE), settings)
 
 
 def check_undisturbed(config: Config, folder: Path) -> None:
@@ -190,7 +187,7 @@ def test_an_interrupted_run_exits_with_130_and_goes_on_with_the_same_command(pre
 
 def test_a_run_of_other_settings_under_the_same_name_is_refused(prepared) -> None:
     config = portable(prepared())
-    data = load_data(config, template_of(config))
+    data = load_data(config)
     folder = Path(config.section("training", TrainingConfig).folder) / "test"
     keep_settings(config, data, folder / "settings.json")
     keep_settings(portable(prepared(workers=4)), data, folder / "settings.json")
@@ -205,9 +202,9 @@ def test_frame_tokens_of_another_encoder_are_refused_before_a_worker_starts(prep
         train(prepared())
 
 
-def test_a_batch_that_cannot_be_shared_out_is_refused(prepared) -> None:
-    with pytest.raises(ConfigError, match="batch_size is 4, expected a multiple of workers x forward_size = 3 x 1"):
-        train(prepared(workers=3))
+def test_a_batch_of_fewer_dialogues_than_workers_is_refused(prepared) -> None:
+    with pytest.raises(ConfigError, match=r"batch_size is 4, fewer dialogues than training.workers 5"):
+        train(prepared(workers=5))
 
 
 @pytest.mark.parametrize("key", ["folder", "checkpoint"])
