@@ -21,10 +21,13 @@ SENTENCE = "Something happens in the video."
 
 @dataclass(frozen=True)
 class LabelledStream:
-    """A stream's frames, times in seconds (F,) and tokens (F, N, D), and what should be said, in order of time."""
+    """A stream's frames and what should be said, in order of time.
+
+    `changes` (F,) is how far each frame is from the one before, 0 for the first.
+    """
 
     times: Sequence[float]
-    tokens: torch.Tensor
+    changes: Sequence[float]
     labels: Sequence[Moment]
     duration_s: float
 
@@ -64,24 +67,25 @@ def fixed_interval(seconds: float) -> Control:
 
 
 def change_detector(threshold: float) -> Control:
-    """Speaks at the first frame, and at frames whose tokens are farther than `threshold` from the ones before."""
+    """Speaks at the first frame, and at frames that are farther than `threshold` from the ones before."""
 
     def control(stream: LabelledStream) -> list[Moment]:
-        changes = [float("inf"), *frame_distances(stream.tokens).tolist()]
-        return [_stock(time) for time, change in zip(stream.times, changes, strict=True) if change > threshold]
+        first = [_stock(time) for time in stream.times[:1]]
+        later = zip(stream.times[1:], stream.changes[1:], strict=True)
+        return first + [_stock(time) for time, change in later if change > threshold]
 
     return control
 
 
-def frame_distances(tokens: torch.Tensor) -> torch.Tensor:
-    """Cosine distance (F - 1,) between each frame's tokens (F, N, D) and the next one's, mean over its tokens."""
+def frame_changes(tokens: torch.Tensor) -> list[float]:
+    """Cosine distance of each frame's tokens (F, N, D) to those of the frame before, mean over its tokens; first 0."""
     tokens = tokens.float()
-    return 1 - F.cosine_similarity(tokens[1:], tokens[:-1], dim=-1).mean(-1)
+    return [0.0, *(1 - F.cosine_similarity(tokens[1:], tokens[:-1], dim=-1).mean(-1)).tolist()][: len(tokens)]
 
 
 def fit_change_detector(streams: Sequence[LabelledStream], window: Window, candidates: int = 32) -> float:
     """The threshold with the best F1 on `streams`, of those that let it speak up to four times as often as labelled."""
-    changes = sorted((d for stream in streams for d in frame_distances(stream.tokens).tolist()), reverse=True)
+    changes = sorted((change for stream in streams for change in stream.changes[1:]), reverse=True)
     if not changes:
         raise ValueError("no stream has two frames: there is no change to detect")
     most = min(4 * sum(len(stream.labels) for stream in streams), len(changes) - 1)

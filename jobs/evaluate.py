@@ -1,13 +1,18 @@
-"""Grade a checkpoint on dialogues: every decision by itself, and whole streams in which it hears itself.
+"""Grade a checkpoint on dialogues: single decisions, whole streams in which it hears itself, and answers.
 
 Dialogues come from `evaluation.dialogues`, their frames from the store `store.folder`. Teacher-forced,
 the four streaming metrics of the paper are computed in both modes (docs/metrics.md). Self-conditioned,
 the frames and the user's turns of each dialogue go through the session and the engine that serve, and
-what the model says of its own accord is graded by its time, beside controls (docs/evaluation.md).
+what the model says of its own accord is graded beside controls, at the session's threshold and over
+many. Dialogues of the offline benchmarks (COIN, Ego4D LTA) are answered and graded against their names.
 
-The folder `evaluation.folder` gets `metrics.json`, `report.md` and `predictions.jsonl`, a line a
-dialogue. Videos that the checkpoint was trained on are refused; `--allow-seen`, which is
-`evaluation.allow_seen=true`, grades them all the same, and the report says so.
+With `evaluation.calibrate=true` the best of the thresholds is stored in the checkpoint: it is then what
+serving, narration and later evaluations use that are given none. Do that on validation data.
+
+The folder `evaluation.folder` gets `metrics.json`, `report.md` with its plots, and `predictions.jsonl`, a
+line a dialogue. What was graded is kept in `finished.jsonl` as it comes: an evaluation that was stopped
+goes on when it is started again. Videos that the checkpoint was trained on are refused; `--allow-seen`,
+which is `evaluation.allow_seen=true`, grades them all the same, and the report says so.
 """
 
 from __future__ import annotations
@@ -15,52 +20,50 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from pydantic import Field
-from tqdm import tqdm
 
-from actors.backends import build_engine, load_model
-from actors.cache import whole_folder
-from actors.checkpoint import Loaded
+from actors.calibration import CALIBRATION_FILE, Calibration, write_calibration
 from actors.config import Config, ConfigError, ModelConfig, Section
-from actors.engine import Engine, EngineConfig
+from actors.engine import EngineConfig
 from actors.messages import SessionSettings
 from actors.parts import CheckpointError
-from actors.runtime import limit_threads
 from actors.session import SessionError
-from actors.turns import Assistant, DialogueError, Stream, System, User
+from actors.turns import DialogueError
 from actors.weights import WeightsError
-from jobs.annotations import Moment
-from jobs.controls import (
-    Control,
-    LabelledStream,
-    always_silent,
-    always_speak,
-    change_detector,
-    fit_change_detector,
-    fixed_interval,
-    grade,
-    oracle,
-)
-from jobs.dataset import DatasetError, TrainingSet
+from jobs.annotations import AnnotationError, AnnotationsConfig
+from jobs.dataset import DatasetError
 from jobs.dialogue_files import DialogueFileError, read_dialogues
 from jobs.dialogues import DataConfig, Dialogue
 from jobs.encode_frames import StoreConfig
-from jobs.evaluation_report import Report, named, report
-from jobs.frame_store import FrameStore, StoreError
-from jobs.metrics import Mode, Reply, evaluate, forward_of, summarize
+from jobs.evaluation import Evaluation
+from jobs.evaluation_plots import draw
+from jobs.evaluation_report import Offline, Report, named, page
+from jobs.finished import Finished, FinishedError, key_of
+from jobs.frame_store import StoreError
+from jobs.grader import Heard, Identity
+from jobs.grader_pool import graders
+from jobs.offline_benchmarks import (
+    GENERATION,
+    SUBMISSION,
+    Answered,
+    BenchmarkError,
+    grade,
+    is_offline,
+    write_submission,
+)
 from jobs.program import run
-from jobs.replay import FrameChunk, Question, Recording, Transcript, replay
-from jobs.timing_metrics import Timing, Window, timing
+from jobs.stream_groups import GradedStream, groups_of
+from jobs.streams import play_of
+from jobs.threshold_sweep import THRESHOLDS, Point, Sweep, best
+from jobs.timing_metrics import Window
 
 logger = logging.getLogger(__name__)
 
-MODES: tuple[Mode, ...] = ("strict", "paper")
-CHUNK_FRAMES = 32
+FINISHED = "finished.jsonl"
 
 
 class EvaluationConfig(Section):
@@ -69,77 +72,54 @@ class EvaluationConfig(Section):
     dialogues: str | None = Field(
         default=None, description="a dialogue file, or a split; default: validation of data.folder"
     )
-    folder: str = Field(default="runs/evaluation", description="where the results go; what was there is replaced")
+    folder: str = Field(default="runs/evaluation", description="where the results go, and what is needed to go on")
     allow_seen: bool = Field(default=False, description="grade videos the checkpoint was trained on, too")
+    max_dialogues: int | None = Field(default=None, ge=1, description="evenly spread over all; default: all of them")
+    workers: int | None = Field(
+        default=None,
+        ge=0,
+        description="actors of a Ray cluster that share the dialogues, 0 for this process alone; "
+        "default: 0, and in a submitted job as many as fit",
+    )
+    at_once: int = Field(default=4, ge=1, description="streams that share an engine")
     before_s: float = Field(default=1.0, ge=0, description="how much earlier than its label a response may come")
     after_s: float = Field(default=3.0, ge=0, description="how much later")
     interval_s: float = Field(default=10.0, gt=0, description="of the control that speaks at a fixed interval")
-    at_once: int = Field(default=4, ge=1, description="streams that share the engine")
+    thresholds: tuple[float, ...] = Field(
+        default=THRESHOLDS, description="tried for the curve of precision and recall; [] tries none"
+    )
+    calibrate: bool = Field(default=False, description="store the best of these thresholds in the checkpoint")
+    answer_tokens: int = Field(default=512, ge=1, description="the longest answer of an offline benchmark")
 
 
 class EvaluationError(ValueError):
     """The dialogues cannot be graded with this checkpoint; says why."""
 
 
-@dataclass(frozen=True)
-class Played:
-    """A dialogue as a stream: the user's turns, what is labelled between them, and its frames."""
-
-    dialogue: Dialogue
-    questions: list[Question]
-    stream: LabelledStream
-
-
 def run_evaluation(config: Config) -> Path:
     """Grade everything and write the folder; its path."""
-    settings, session = config.section("evaluation", EvaluationConfig), config.section("session", SessionSettings)
+    settings = config.section("evaluation", EvaluationConfig)
+    _check(config, settings)
     source = settings.dialogues or str(Path(config.section("data", DataConfig).folder) / "validation")
     folder = Path(settings.folder)
-    if folder.exists() and any(folder.iterdir()) and not (folder / "metrics.json").exists():
+    if folder.exists() and any(folder.iterdir()) and not (folder / FINISHED).exists():
         raise ConfigError(f"{folder} holds something else than an evaluation: choose another evaluation.folder")
-    dialogues = read_dialogues(source)
-    loaded = load_model(config)
-    refuse_seen(dialogues, loaded, settings.allow_seen)
-    store = FrameStore.open(config.section("store", StoreConfig).folder, expect_fingerprint=loaded.features)
-    data = TrainingSet(dialogues, store, loaded.template)
-    limit_threads(config.section("engine", EngineConfig).threads)
-    # Before the engine is built, which takes over the model's attention.
-    replies = {mode: teacher_forced(loaded, data, session.threshold, mode) for mode in MODES}
-    played = [play_of(dialogue, store) for dialogue in data.dialogues]
-    engine = build_engine(loaded.model, loaded.template, config.section("engine", EngineConfig))
-    transcripts = self_conditioned(engine, played, session, settings.at_once)
-    window = Window(settings.before_s, settings.after_s)
-    timings = [_timing(item, transcripts[item.dialogue.dialogue_id], window) for item in played]
-    streams = [item.stream for item in played]
-    controls = {name: grade(control, streams, window) for name, control in _controls(streams, window, settings).items()}
-    result = Report(
-        model=config.model.checkpoint or f"{config.model.llm} without training",
-        fingerprint=loaded.fingerprint,
-        dialogues=source,
-        num_dialogues=len(played),
-        num_videos=len(data.video_ids()),
-        seen_videos=sorted(set(data.video_ids()) & set(loaded.trained_videos)),
-        fps=store.info.fps,
-        threshold=session.threshold,
-        window=window,
-        teacher_forced={mode: summarize(replies[mode], store.info.fps, mode) for mode in MODES},
-        self_conditioned=sum(timings, start=Timing()),
-        controls=controls,
-    )
-    with whole_folder(folder) as part:
-        (part / "metrics.json").write_text(json.dumps(result.values(), indent=2) + "\n")
-        (part / "report.md").write_text(report(result))
-        with (part / "predictions.jsonl").open("w") as lines:
-            for item, graded, timed in zip(played, replies["strict"], timings, strict=True):
-                row = _prediction(item, transcripts[item.dialogue.dialogue_id], graded, timed)
-                lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+    dialogues = _chosen(read_dialogues(source), settings.max_dialogues)
+    with Finished(folder / FINISHED) as finished:
+        pool = graders(config, settings.workers)
+        identity = pool.identity()
+        refuse_seen(dialogues, identity, settings.allow_seen)
+        dialogues = [dialogues[index] for index in pool.there(dialogues)]
+        evaluation = Evaluation(pool, finished, config, identity, settings.at_once)
+        result = _grade(config, settings, identity, evaluation, dialogues, source)
+    _write(folder, result)
     print((folder / "report.md").read_text())
     return folder
 
 
-def refuse_seen(dialogues: Sequence[Dialogue], loaded: Loaded, allowed: bool) -> None:
+def refuse_seen(dialogues: Sequence[Dialogue], identity: Identity, allowed: bool) -> None:
     """Raises EvaluationError where the checkpoint was trained on a video, unless that is allowed."""
-    seen = sorted({dialogue.video_id for dialogue in dialogues} & set(loaded.trained_videos))
+    seen = sorted({dialogue.video_id for dialogue in dialogues} & set(identity.trained_videos))
     if seen and not allowed:
         shown = ", ".join(seen[:3]) + (f" and {len(seen) - 3} more" if len(seen) > 3 else "")
         raise EvaluationError(
@@ -148,88 +128,167 @@ def refuse_seen(dialogues: Sequence[Dialogue], loaded: Loaded, allowed: bool) ->
         )
 
 
-def teacher_forced(loaded: Loaded, data: TrainingSet, threshold: float, mode: Mode) -> list[list[Reply]]:
-    """The graded replies of every dialogue."""
-    forward = forward_of(loaded.model)
-    indices = tqdm(range(len(data)), desc=f"teacher-forced, {mode}", disable=None, file=sys.stderr)
-    samples = (data[index] for index in indices)
-    return [evaluate(forward, loaded.template, sample.rendered, sample.frames, threshold, mode) for sample in samples]
+def _grade(
+    config: Config,
+    settings: EvaluationConfig,
+    identity: Identity,
+    evaluation: Evaluation,
+    dialogues: Sequence[Dialogue],
+    source: str,
+) -> Report:
+    session = config.section("session", SessionSettings).with_threshold_of(identity.threshold)
+    window = Window(settings.before_s, settings.after_s)
+    streamed = [dialogue for dialogue in dialogues if not is_offline(dialogue) and dialogue.num_frames]
+    played = [play_of(dialogue) for dialogue in streamed]
+
+    def play(indices: Sequence[int], threshold: float) -> Iterator[tuple[int, Heard]]:
+        at = session.model_copy(update={"threshold": threshold})
+        for number, heard in evaluation.heard([streamed[index] for index in indices], at):
+            yield indices[number], heard
+
+    sweep = Sweep(played, play)
+    curve = sweep.curve(settings.thresholds, window) if streamed else []
+    threshold, chosen_from = session.threshold, identity.calibrated_on
+    if settings.calibrate:
+        threshold, chosen_from = best(curve).threshold, "these dialogues"
+        _calibrate(config, settings, identity, streamed, best(curve), source)
+    elif "threshold" in config.section("session", SessionSettings).model_fields_set:
+        chosen_from = None
+    heard, _ = sweep.at(threshold)
+    decided = evaluation.decided(streamed, threshold)
+    streams = [
+        GradedStream(stream, one, decisions) for stream, one, decisions in zip(played, heard, decided, strict=True)
+    ]
+    answered = _answers(evaluation, [dialogue for dialogue in dialogues if is_offline(dialogue)], settings)
+    return Report(
+        model=config.model.checkpoint or f"{config.model.llm} without training",
+        fingerprint=identity.fingerprint,
+        dialogues=source,
+        num_dialogues=len(dialogues),
+        num_videos=len({dialogue.video_id for dialogue in dialogues}),
+        seen_videos=sorted({dialogue.video_id for dialogue in dialogues} & set(identity.trained_videos)),
+        fps=identity.fps,
+        threshold=threshold,
+        chosen_from=chosen_from,
+        window=window,
+        streams=streams,
+        groups=groups_of(streams, window, settings.interval_s),
+        curve=curve,
+        offline=_offline(config, answered),
+        answered=answered,
+        annotations=_lta_annotations(config),
+    )
 
 
-def play_of(dialogue: Dialogue, store: FrameStore) -> Played:
-    """The turns of a dialogue at their times; time 0 is its first frame.
-
-    An answer to the user comes when the user asks: only what the assistant says of its own accord is a label.
-    """
-    shown = 0
-    questions: list[Question] = []
-    labels: list[Moment] = []
-    turns = [turn for turn in dialogue.conversation if not isinstance(turn, Stream) or turn.num_frames]
-    for before, turn in pairwise([System(content=""), *turns]):
-        time = max(shown - 1, 0) / dialogue.fps
-        match turn:
-            case Stream():
-                shown += turn.num_frames
-            case User():
-                questions.append(Question(turn.content, time))
-            case Assistant() if not isinstance(before, User):
-                labels.append(Moment(time=time, text=turn.content))
-    times = [index / dialogue.fps for index in range(shown)]
-    frames = store.frames(dialogue.video_id, *dialogue.frames)
-    return Played(dialogue, questions, LabelledStream(times, frames, labels, shown / dialogue.fps))
-
-
-def self_conditioned(
-    engine: Engine, played: Sequence[Played], settings: SessionSettings, at_once: int = 1
-) -> dict[str, Transcript]:
-    """What the model says in each dialogue's stream, by dialogue id."""
-    transcripts: dict[str, Transcript] = {}
-    with tqdm(total=len(played), desc="self-conditioned", disable=None, file=sys.stderr) as bar:
-        for transcript in replay(engine, [_recording(item, settings) for item in played], at_once):
-            transcripts[transcript.name] = transcript
-            bar.update()
-    return transcripts
+def _calibrate(
+    config: Config,
+    settings: EvaluationConfig,
+    identity: Identity,
+    streamed: Sequence[Dialogue],
+    point: Point,
+    source: str,
+) -> None:
+    """Store the threshold in the checkpoint's folder."""
+    if not point.timing.f1:
+        raise EvaluationError(
+            "at no threshold did the model say anything in time: nothing was stored in the checkpoint "
+            f"({point.timing.labelled} labels, {point.timing.said} responses at {point.threshold:g})"
+        )
+    calibration = Calibration(
+        fingerprint=identity.fingerprint,
+        threshold=point.threshold,
+        metric="temporal F1",
+        value=round(point.timing.f1, 4),
+        before_s=settings.before_s,
+        after_s=settings.after_s,
+        data=source,
+        data_digest=key_of([dialogue.model_dump(mode="json") for dialogue in streamed]),
+        num_dialogues=len(streamed),
+        fps=identity.fps,
+    )
+    folder = Path(str(config.model.checkpoint))
+    write_calibration(folder, calibration)
+    logger.info("threshold=%g f1=%.3f stored in %s", point.threshold, point.timing.f1, folder / CALIBRATION_FILE)
 
 
-def _recording(item: Played, settings: SessionSettings) -> Recording:
-    first = item.dialogue.conversation[0] if item.dialogue.conversation else None
-    if isinstance(first, System) and settings.instructions is None:
-        settings = settings.model_copy(update={"instructions": first.content})
-    times, tokens = list(item.stream.times), item.stream.tokens
-    starts = range(0, len(times), CHUNK_FRAMES)
-    chunks = [FrameChunk(times[i : i + CHUNK_FRAMES], tokens[i : i + CHUNK_FRAMES]) for i in starts]
-    return Recording(item.dialogue.dialogue_id, chunks, item.questions, settings)
+def _answers(evaluation: Evaluation, dialogues: Sequence[Dialogue], settings: EvaluationConfig) -> list[Answered]:
+    answered = []
+    for task in sorted({dialogue.task for dialogue in dialogues}):
+        asked = [dialogue for dialogue in dialogues if dialogue.task == task]
+        generation = GENERATION[task].model_copy(update={"max_tokens": settings.answer_tokens})
+        texts = evaluation.answers(asked, generation)
+        answered += [Answered(dialogue, beams) for dialogue, beams in zip(asked, texts, strict=True)]
+    return answered
 
 
-def _timing(item: Played, transcript: Transcript, window: Window) -> Timing:
-    said = [Moment(time=turn.time, text=turn.text) for turn in transcript.utterances if turn.question is None]
-    return timing(said, item.stream.labels, item.stream.duration_s, window)
+def _offline(config: Config, answered: Sequence[Answered]) -> dict[str, Offline]:
+    graded = {}
+    for task in sorted({one.dialogue.task for one in answered}):
+        ones = [one for one in answered if one.dialogue.task == task]
+        graded[task] = Offline(len(ones), grade(task, ones, _lta_annotations(config)))
+    return graded
 
 
-def _controls(streams: Sequence[LabelledStream], window: Window, settings: EvaluationConfig) -> dict[str, Control]:
-    controls: dict[str, Control] = {
-        "always silent": always_silent,
-        "always speaking": always_speak,
-        f"every {settings.interval_s:g} s": fixed_interval(settings.interval_s),
-    }
-    if any(len(stream.times) > 1 for stream in streams):
-        controls["change of picture"] = change_detector(fit_change_detector(streams, window))
-    return controls | {"oracle": oracle}
+def _lta_annotations(config: Config) -> Path | None:
+    datasets = config.section("annotations", AnnotationsConfig).datasets
+    paths = [dataset.path for dataset in datasets.values() if dataset.format in ("lta", "lta_test")]
+    return Path(paths[0]) if paths else None
 
 
-def _prediction(item: Played, transcript: Transcript, replies: Sequence[Reply], timed: Timing) -> dict[str, object]:
-    return {
-        "dialogue_id": item.dialogue.dialogue_id,
-        "video_id": item.dialogue.video_id,
-        "labels": [{"time": label.time, "text": label.text} for label in item.stream.labels],
-        "said": [asdict(turn) for turn in transcript.utterances],
-        "p_silent": [round(p, 4) for p in transcript.p_silent],
-        "timing": named(timed),
-        "replies": [
-            {"outcome": reply.outcome, "frame_diff": reply.frame_diff, "fluency": reply.fluency, "lm_ppl": reply.lm_ppl}
-            for reply in replies
-        ],
-    }
+def _chosen(dialogues: Sequence[Dialogue], most: int | None) -> list[Dialogue]:
+    if most is None or most >= len(dialogues):
+        return list(dialogues)
+    return [dialogues[index * len(dialogues) // most] for index in range(most)]
+
+
+def _check(config: Config, settings: EvaluationConfig) -> None:
+    """Raises ConfigError for what would fail at the end only."""
+    if not settings.calibrate:
+        return
+    if not Path(config.model.checkpoint or "").is_dir() or config.model.checkpoint is None:
+        raise ConfigError(
+            f"evaluation.calibrate stores the threshold in model.checkpoint, which is {config.model.checkpoint!r}: "
+            "give the folder of a checkpoint"
+        )
+    if "threshold" in config.section("session", SessionSettings).model_fields_set:
+        raise ConfigError("session.threshold is given, but evaluation.calibrate chooses one: leave one of them out")
+    if not settings.thresholds:
+        raise ConfigError("evaluation.thresholds is empty, but evaluation.calibrate chooses among them: leave it out")
+
+
+def _write(folder: Path, result: Report) -> None:
+    rows = []
+    for stream in result.streams:
+        row = {
+            "dialogue_id": stream.played.dialogue.dialogue_id,
+            "task": stream.played.dialogue.task,
+            "video_id": stream.played.dialogue.video_id,
+            "labels": [{"time": label.time, "text": label.text} for label in stream.played.labels],
+            "said": [asdict(turn) for turn in stream.heard.said],
+            "p_silent": [round(p, 4) for p in stream.heard.p_silent],
+            "timing": named(stream.timing(result.window)),
+            "replies": [
+                {"outcome": r.outcome, "frame_diff": r.frame_diff, "fluency": r.fluency, "lm_ppl": r.lm_ppl}
+                for r in stream.decided.replies["strict"]
+            ],
+        }
+        rows.append(row)
+    for one in result.answered:
+        dialogue = one.dialogue
+        rows.append(
+            {
+                "dialogue_id": dialogue.dialogue_id,
+                "task": dialogue.task,
+                "video_id": dialogue.video_id,
+                "labels": list(dialogue.labels),
+                "answers": one.texts,
+            }
+        )
+    write_submission(result.answered, result.annotations, folder / SUBMISSION)
+    (folder / "predictions.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    plots = draw(result, folder)
+    (folder / "report.md").write_text(page(result, plots))
+    (folder / "metrics.json").write_text(json.dumps(result.values(), indent=2) + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -243,15 +302,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "evaluation": EvaluationConfig,
             "session": SessionSettings,
             "engine": EngineConfig,
+            "annotations": AnnotationsConfig,
             "data": DataConfig,
             "store": StoreConfig,
         },
         user_errors=(
+            AnnotationError,
+            BenchmarkError,
             CheckpointError,
             DatasetError,
             DialogueError,
             DialogueFileError,
             EvaluationError,
+            FinishedError,
             SessionError,
             StoreError,
             WeightsError,

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import platform
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
 
-from jobs.metrics import Mode, StreamMetrics
-from jobs.timing_metrics import Timing, Window
+import torch
 
-Values = dict[str, float | None]
+from jobs.offline_benchmarks import Answered, Values
+from jobs.published_results import PUBLISHED, Published
+from jobs.stream_groups import ALL, GradedStream, Group
+from jobs.threshold_sweep import Point
+from jobs.timing_metrics import Timing, Window, match, moments_of
 
 COLUMNS = {
     "precision": "precision",
@@ -16,15 +22,30 @@ COLUMNS = {
     "f1": "F1",
     "mean_error_s": "error, s",
     "mean_late_s": "late, s",
+    "text_similarity": "text",
     "duplicate_ratio": "duplicates",
     "false_alarms_per_quiet_hour": "false alarms / quiet h",
     "speaking_share": "speaking",
 }
+EXAMPLES, EXAMPLE_LINES, EXAMPLE_CHARACTERS = 4, 12, 90
+
+
+@dataclass(frozen=True)
+class Offline:
+    """A task of the offline benchmarks: its dialogues and numbers."""
+
+    num_dialogues: int
+    values: Values
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything an evaluation says. `seen_videos` are those the checkpoint was trained on."""
+    """Everything an evaluation says.
+
+    `seen_videos` are those the checkpoint was trained on, `chosen_from` is what the threshold was chosen on
+    (None where it was not). `groups` has all streams first, then each task; `annotations` is the folder of
+    Ego4D LTA's, where it was named.
+    """
 
     model: str
     fingerprint: str
@@ -34,66 +55,203 @@ class Report:
     seen_videos: list[str]
     fps: float
     threshold: float
+    chosen_from: str | None
     window: Window
-    teacher_forced: Mapping[Mode, StreamMetrics]
-    self_conditioned: Timing
-    controls: Mapping[str, Timing]
+    streams: list[GradedStream]
+    groups: Mapping[str, Group]
+    curve: list[Point]
+    offline: Mapping[str, Offline]
+    answered: list[Answered]
+    annotations: Path | None
 
     def values(self) -> dict[str, object]:
-        """What `metrics.json` holds."""
-        return asdict(self) | {
-            "self_conditioned": named(self.self_conditioned),
-            "controls": {name: named(timed) for name, timed in self.controls.items()},
+        """What `metrics.json` holds: the same for the same model, data and settings."""
+        names = ("model", "fingerprint", "dialogues", "num_dialogues", "num_videos", "seen_videos", "fps", "threshold")
+        return {
+            **{name: getattr(self, name) for name in names},
+            "threshold_chosen_from": self.chosen_from,
+            "window": asdict(self.window),
+            "streams": {name: _group_values(group) for name, group in self.groups.items()},
+            "thresholds": [{"threshold": point.threshold, **named(point.timing)} for point in self.curve],
+            "offline": {task: asdict(offline) for task, offline in self.offline.items()},
+            "published": {
+                task: {name: asdict(value) for name, value in published.items()}
+                for task, published in PUBLISHED.items()
+                if task in self.offline or task in self._tasks()
+            },
         }
 
+    def _tasks(self) -> set[str]:
+        return {stream.played.dialogue.task for stream in self.streams}
 
-def named(timed: Timing) -> Values:
+    def compared(self) -> Iterator[tuple[str, str, float | None, Published]]:
+        """Task, name and value of every number that the paper has too, and what it has."""
+        for task in sorted(PUBLISHED.keys() & self.offline.keys()):
+            values: Mapping[str, float | None] = dict(self.offline[task].values)
+            for name, published in PUBLISHED[task].items() if values else ():
+                yield task, name, values[name], published
+        for task in sorted(PUBLISHED.keys() & self._tasks()):
+            group = self.groups[task] if task in self.groups else self.groups[ALL]
+            for name, published in PUBLISHED[task].items():
+                yield task, name, getattr(group.teacher_forced["paper"], name), published
+
+
+def named(timed: Timing) -> dict[str, float | None]:
     """Counts, and what follows from them."""
     return asdict(timed) | {name: getattr(timed, name) for name in COLUMNS}
 
 
-def report(result: Report) -> str:
-    """The page."""
-    window, mine = result.window, result.self_conditioned
-    lines = [
-        f"# {result.model}",
-        "",
-        f"{result.num_dialogues} dialogues of {result.num_videos} videos from `{result.dialogues}`, "
-        f"{mine.duration_s:.0f} s at {result.fps:g} frames a second, threshold {result.threshold:g}; "
-        f"model `{result.fingerprint}`.",
-        "",
-    ]
+def page(result: Report, plots: Mapping[str, str]) -> str:
+    """The page; `plots` are file names of pictures by what they show."""
+    lines = [f"# {result.model}", "", *_head(result), ""]
+    if compared := list(result.compared()):
+        lines += ["## Beside the paper", "", "| task | number | here | paper | |", "|---|---|---|---|---|"]
+        for task, name, value, published in compared:
+            where = f"{published.model}, {published.table} of arXiv 2406.11816"
+            lines.append(f"| {task} | {name} | {_number(value)} | {_number(published.value)} | {where} |")
+        lines.append("")
+    if result.offline:
+        lines += list(_offline(result))
+    if result.groups:
+        lines += [*_streams(result, plots), *_single_decisions(result), *_examples(result, plots)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _head(result: Report) -> Iterator[str]:
+    seconds = sum(stream.played.duration_s for stream in result.streams)
+    yield (
+        f"{result.num_dialogues} dialogues of {result.num_videos} videos from `{result.dialogues}`"
+        f"{f', {seconds:.0f} s of streams' if seconds else ''} at {result.fps:g} frames a second. "
+        f"Model `{result.fingerprint}`. {datetime.now(UTC):%Y-%m-%d}, {_machine()}."
+    )
+    if result.groups:
+        chosen = f"chosen from {result.chosen_from}" if result.chosen_from else "not chosen from data"
+        yield ""
+        yield f"Threshold {result.threshold:g}, {chosen}."
     if result.seen_videos:
-        lines += [f"**Trained on {len(result.seen_videos)} of these videos: no measure of new ones.**", ""]
-    lines += [
-        "## Every decision by itself (teacher-forced)",
+        yield ""
+        yield f"**Trained on {len(result.seen_videos)} of these videos: no measure of new ones.**"
+
+
+def _machine() -> str:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    return f"{device}, torch {torch.__version__}"
+
+
+def _offline(result: Report) -> Iterator[str]:
+    yield from ("## Answers about recorded videos", "", "| task | dialogues | numbers |", "|---|---|---|")
+    for task, offline in result.offline.items():
+        numbers = ", ".join(f"{name} {_number(value)}" for name, value in offline.values.items())
+        yield f"| {task} | {offline.num_dialogues} | {numbers or 'no answers are known'} |"
+    yield from (
         "",
-        "| mode | LM perplexity | time difference, s | fluency | LM correctness | replies |",
-        "|---|---|---|---|---|---|",
-    ]
-    for mode, metrics in result.teacher_forced.items():
-        shown = (metrics.lm_ppl, metrics.time_diff, metrics.fluency, metrics.lm_correctness)
-        outcomes = ", ".join(f"{count} {outcome}" for outcome, count in sorted(metrics.outcomes.items()))
-        lines.append(f"| {mode} | {' | '.join(map(_number, shown))} | {outcomes} |")
-    lines += [
+        "COIN: top-1 accuracy in percent, the nearest label counts; `corrected_accuracy` asks for every line of a "
+        "procedure, as published one right line of five is 100 %. Ego4D LTA: 0 is right; `aued` is the area under the "
+        "edit distances at 1 to 20 actions, `ed` the distance at 20, of the best of five beams.",
         "",
+    )
+
+
+def _streams(result: Report, plots: Mapping[str, str]) -> Iterator[str]:
+    window = result.window
+    yield from (
         "## Whole streams in which it hears itself",
         "",
-        f"{mine.labelled} labels; a response belongs to one when it comes at most {window.before_s:g} s before or "
-        f"{window.after_s:g} s after it. Answers to the user are not graded here. The threshold of `change of "
-        "picture` was fitted on these very streams.",
+        f"A response belongs to a label when it comes at most {window.before_s:g} s before or {window.after_s:g} s "
+        "after it. Answers to the user are not graded here. `text` is how alike response and label are (chrF), where "
+        "they belong together. The threshold of `change of picture` was fitted on these very streams.",
         "",
-        f"| | responses | {' | '.join(COLUMNS.values())} |",
-        "|---|---|" + "---|" * len(COLUMNS),
-        _row("**model**", mine),
-        *(_row(name, timed) for name, timed in result.controls.items()),
+    )
+    for name, group in result.groups.items():
+        if len(result.groups) > 1:
+            yield from (f"### {name}", "")
+        mine = group.self_conditioned
+        yield f"{group.num_dialogues} dialogues, {mine.duration_s:.0f} s, {mine.labelled} labels."
+        yield from ("", f"| | responses | {' | '.join(COLUMNS.values())} |", "|---|---|" + "---|" * len(COLUMNS))
+        yield _row("**model**", mine)
+        for control, timed in group.controls.items():
+            yield _row(control, timed)
+        yield ""
+    yield from (f"![{shows}]({plots[shows]})" for shows in ("controls", "error in time") if shows in plots)
+    if result.curve:
+        yield from (
+            "",
+            "### Over thresholds",
+            "",
+            "From low to high, as long as one that speaks more can still be better. `runs` is in how many streams "
+            "another decision fell than at the thresholds before.",
+            "",
+            f"| threshold | responses | {' | '.join(COLUMNS.values())} | runs |",
+            "|---|---|" + "---|" * (len(COLUMNS) + 1),
+            *(f"{_row(f'{point.threshold:g}', point.timing)} {point.runs} |" for point in result.curve),
+            "",
+        )
+        if "thresholds" in plots:
+            yield f"![thresholds]({plots['thresholds']})"
+    yield ""
+
+
+def _single_decisions(result: Report) -> Iterator[str]:
+    yield from (
+        "## Every decision by itself (teacher-forced)",
         "",
-    ]
-    return "\n".join(lines)
+        "| | mode | LM perplexity | time difference, s | fluency | LM correctness | replies |",
+        "|---|---|---|---|---|---|---|",
+    )
+    for name, group in result.groups.items():
+        for mode, metrics in group.teacher_forced.items():
+            shown = (metrics.lm_ppl, metrics.time_diff, metrics.fluency, metrics.lm_correctness)
+            outcomes = ", ".join(f"{count} {outcome}" for outcome, count in sorted(metrics.outcomes.items()))
+            yield f"| {name} | {mode} | {' | '.join(map(_number, shown))} | {outcomes} |"
+    yield ""
+
+
+def _examples(result: Report, plots: Mapping[str, str]) -> Iterator[str]:
+    yield from ("## Examples", "")
+    if "examples" in plots:
+        yield from (f"![examples]({plots['examples']})", "")
+    for stream in examples_of(result.streams):
+        yield from (f"**{stream.played.dialogue.dialogue_id}**", "", "| s | label | s | said |", "|---|---|---|---|")
+        said = moments_of(stream.heard.said)
+        pairs = match([m.time for m in said], [m.time for m in stream.played.labels], result.window)
+        rows: list[tuple[int | None, int | None]] = [*pairs]
+        rows += [(i, None) for i in range(len(said)) if i not in {pair[0] for pair in pairs}]
+        rows += [(None, j) for j in range(len(stream.played.labels)) if j not in {pair[1] for pair in pairs}]
+        ordered = sorted(
+            ((None if j is None else stream.played.labels[j], None if i is None else said[i]) for i, j in rows),
+            key=lambda pair: min(moment.time for moment in pair if moment is not None),
+        )
+        for label, response in ordered[:EXAMPLE_LINES]:
+            cells = [("", "") if m is None else (f"{m.time:g}", _cell(m.text)) for m in (label, response)]
+            yield f"| {cells[0][0]} | {cells[0][1]} | {cells[1][0]} | {cells[1][1]} |"
+        if len(ordered) > EXAMPLE_LINES:
+            yield f"| | and {len(ordered) - EXAMPLE_LINES} more | | |"
+        yield ""
+
+
+def examples_of(streams: Sequence[GradedStream]) -> list[GradedStream]:
+    """A few streams to look at, evenly spread over those that have labels."""
+    labelled = [stream for stream in streams if stream.played.labels] or list(streams)
+    count = min(EXAMPLES, len(labelled))
+    return [labelled[index * len(labelled) // count] for index in range(count)]
+
+
+def _cell(text: str) -> str:
+    text = " ".join(text.split()).replace("|", "\\|")
+    return text if len(text) <= EXAMPLE_CHARACTERS else text[: EXAMPLE_CHARACTERS - 1] + "…"
 
 
 def _row(name: str, timed: Timing) -> str:
     return f"| {name} | {timed.said} | {' | '.join(_number(getattr(timed, column)) for column in COLUMNS)} |"
+
+
+def _group_values(group: Group) -> dict[str, object]:
+    return {
+        "num_dialogues": group.num_dialogues,
+        "teacher_forced": {mode: asdict(metrics) for mode, metrics in group.teacher_forced.items()},
+        "self_conditioned": named(group.self_conditioned),
+        "controls": {name: named(timed) for name, timed in group.controls.items()},
+    }
 
 
 def _number(value: float | None) -> str:

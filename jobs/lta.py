@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import Field, TypeAdapter
@@ -20,6 +21,7 @@ from jobs.ego4d import FILE_SPLIT
 from jobs.scenes import Scene, answered, numbered
 
 SEEN, ANTICIPATED = 8, 20
+TEST = "test_unannotated"
 QUESTION = (
     "After {frames} video frames, anticipate the next {actions} actions. Format your answer concisely, "
     "listing each action on a new line with a number prefix. No extra text output."
@@ -45,6 +47,14 @@ class Taxonomy(Entry):
         if min(verb, noun) < 0:
             raise IndexError(f"labels {verb} and {noun} are no positions")
         return f"{word(self.verbs[verb])} {word(self.nouns[noun])}"
+
+
+@dataclass(frozen=True)
+class Example:
+    """An example as the benchmark has it: its name there, and the (verb, noun) labels that follow, where released."""
+
+    name: str
+    actions: list[tuple[int, int]] | None
 
 
 class _Action(Entry):
@@ -82,7 +92,21 @@ def read_lta(folder: Path) -> Iterator[VideoAnnotation]:
 
 def read_lta_test(folder: Path) -> Iterator[VideoAnnotation]:
     """A row a clip of the test file, whose actions have times but no names."""
-    yield from _clips(folder / "fho_lta_test_unannotated.json", "validation", None)
+    yield from _clips(folder / f"fho_lta_{TEST}.json", "validation", None)
+
+
+def read_examples(folder: Path) -> dict[tuple[str, bool], Example]:
+    """Every example of the files that are there, by the id of its dialogue and whether its answer is known."""
+    examples = {}
+    for name in (*FILE_SPLIT.values(), TEST):
+        path = folder / f"fho_lta_{name}.json"
+        for (video_id, clip_uid), actions in _actions(path).items() if path.exists() else ():
+            for number, index in enumerate(range(SEEN - 1, len(actions) - ANTICIPATED)):
+                following = [(a.verb_label, a.noun_label) for a in actions[index + 1 : index + 1 + ANTICIPATED]]
+                known = [(verb, noun) for verb, noun in following if verb is not None and noun is not None]
+                example = Example(f"{clip_uid}_{actions[index].action_idx}", known if known == following else None)
+                examples[f"{video_id}-lta-{clip_uid}-{number}", example.actions is not None] = example
+    return examples
 
 
 def scenes(row: VideoAnnotation, video: Extent) -> Iterator[Scene]:
@@ -97,11 +121,7 @@ def scenes(row: VideoAnnotation, video: Extent) -> Iterator[Scene]:
 
 
 def _clips(path: Path, split: Split, taxonomy: Taxonomy | None) -> Iterator[VideoAnnotation]:
-    clips: Mapping[tuple[str, str], list[_Action]] = defaultdict(list)
-    for action in read_json(path, TypeAdapter(_File), EGO4D).clips:
-        clips[action.video_uid, action.clip_uid].append(action)
-    for (video_id, clip_uid), actions in clips.items():
-        actions.sort(key=lambda action: action.action_idx)
+    for (video_id, clip_uid), actions in _actions(path).items():
         yield VideoAnnotation(
             video_id=video_id,
             video="",
@@ -112,6 +132,16 @@ def _clips(path: Path, split: Split, taxonomy: Taxonomy | None) -> Iterator[Vide
             span=(actions[0].clip_parent_start_sec, actions[0].clip_parent_end_sec),
             split=split,
         )
+
+
+def _actions(path: Path) -> Mapping[tuple[str, str], list[_Action]]:
+    """The actions of a file in order, by video and clip."""
+    clips: dict[tuple[str, str], list[_Action]] = defaultdict(list)
+    for action in read_json(path, TypeAdapter(_File), EGO4D).clips:
+        clips[action.video_uid, action.clip_uid].append(action)
+    for actions in clips.values():
+        actions.sort(key=lambda action: action.action_idx)
+    return clips
 
 
 def _moment(action: _Action, path: Path, taxonomy: Taxonomy | None) -> Moment:

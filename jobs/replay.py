@@ -76,7 +76,8 @@ class Transcript:
     """What happened in one stream: time and P(silent) of every frame, and the turns in context order.
 
     `suppressed` counts responses that said nothing or the same as before, where the settings drop those;
-    `refused` says why a question was not put to the model.
+    `refused` says why a question was not put to the model. `spoke` are the frames at which the model spoke
+    of its own accord, `asked` those at which the user spoke, so that it had no choice.
     """
 
     name: str
@@ -86,6 +87,8 @@ class Transcript:
     suppressed: int = 0
     evictions: int = 0
     refused: list[str] = field(default_factory=list)
+    spoke: list[int] = field(default_factory=list)
+    asked: list[int] = field(default_factory=list)
     ended: bool = False
     _started: ResponseStarted | None = field(default=None, repr=False)
 
@@ -106,8 +109,11 @@ class Transcript:
                     self.p_silent += entry.p_silent
                 case QueryConsumed():
                     self.turns.append(Question(entry.text, entry.time))
+                    self.asked.append(entry.seq)
                 case ResponseStarted():
                     self._started = entry
+                    if entry.query_id is None:
+                        self.spoke.append(entry.seq)
                 case ResponseEnded() if self._started is not None:
                     self._note_response(self._started, entry)
                 case InputRefused():

@@ -1,8 +1,9 @@
 """Whether the assistant speaks when there is something to say: what it said against what was labelled.
 
-What was said is graded by its time alone, over whole streams in which the model heard itself; the four
+A response is right by its time alone, over whole streams in which the model heard itself; the four
 metrics of `jobs.metrics` grade single decisions by teacher forcing. A response belongs to a label when
-it comes at most `before_s` earlier or `after_s` later, each response to one label at most.
+it comes at most `before_s` earlier or `after_s` later, each response to one label at most; how alike the
+texts of such a pair are is a number of its own.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from dataclasses import dataclass, fields
 
 from actors.session import REMEMBERED_RESPONSES, nearly_equal
 from jobs.annotations import Moment
+from jobs.replay import Utterance
+from jobs.text_similarity import chrf
 
 WORDS_PER_S = 2.5  # how fast text is spoken
 HOUR_S = 3600.0
@@ -33,7 +36,8 @@ class Timing:
     """Counts of one stream or, added up, of many; what follows from them is None where there is nothing to count.
 
     `false_alarms` are responses in quiet time, `quiet_s`, which is in no label's window. `error_s` is the
-    sum over matched pairs of the distance in time, `late_s` of how late the response came.
+    sum over matched pairs of the distance in time, `late_s` of how late the response came, `likeness` of
+    how alike the texts are.
     """
 
     said: int = 0
@@ -41,6 +45,7 @@ class Timing:
     matched: int = 0
     error_s: float = 0.0
     late_s: float = 0.0
+    likeness: float = 0.0
     duplicates: int = 0
     false_alarms: int = 0
     quiet_s: float = 0.0
@@ -71,6 +76,11 @@ class Timing:
         return _ratio(self.late_s, self.matched)
 
     @property
+    def text_similarity(self) -> float | None:
+        """From 0 to 1, of the responses that came in time."""
+        return _ratio(self.likeness, self.matched)
+
+    @property
     def duplicate_ratio(self) -> float | None:
         """Responses that say nearly what one of the last few said."""
         return _ratio(self.duplicates, self.said)
@@ -98,6 +108,7 @@ def timing(said: Sequence[Moment], labelled: Sequence[Moment], duration_s: float
         matched=len(pairs),
         error_s=sum(map(abs, late_s)),
         late_s=sum(late_s),
+        likeness=sum(chrf(said[i].text, labelled[j].text) for i, j in pairs),
         duplicates=sum(
             any(nearly_equal(moment.text, earlier.text) for earlier in said[max(0, i - REMEMBERED_RESPONSES) : i])
             for i, moment in enumerate(said)
@@ -107,6 +118,11 @@ def timing(said: Sequence[Moment], labelled: Sequence[Moment], duration_s: float
         speaking_s=_covered(spoken, duration_s),
         duration_s=duration_s,
     )
+
+
+def moments_of(said: Iterable[Utterance]) -> list[Moment]:
+    """What was said of the model's own accord; the time of an answer is the user's doing."""
+    return [Moment(time=turn.time, text=turn.text) for turn in said if turn.question is None]
 
 
 def match(said_s: Sequence[float], labelled_s: Sequence[float], window: Window) -> list[tuple[int, int]]:

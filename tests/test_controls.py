@@ -13,7 +13,7 @@ from jobs.controls import (
     change_detector,
     fit_change_detector,
     fixed_interval,
-    frame_distances,
+    frame_changes,
     grade,
     oracle,
 )
@@ -33,7 +33,7 @@ def stream_of(*labelled_s: float, seed: int = 0) -> LabelledStream:
     shown = [sum(label <= time for label in labelled_s) for time in times]
     tokens = looks[shown] + 0.05 * torch.randn(len(times), 4, 32, generator=generator)
     labels = [Moment(time=time, text=TEXTS[number % len(TEXTS)]) for number, time in enumerate(labelled_s)]
-    return LabelledStream(times, tokens.half(), labels, SECONDS)
+    return LabelledStream(times, frame_changes(tokens.half()), labels, SECONDS)
 
 
 STREAMS = [stream_of(10, 25, 40), stream_of(5, 50, seed=1)]
@@ -59,6 +59,13 @@ def test_the_oracle_is_perfect() -> None:
     result = grade(oracle, STREAMS, EXACT)
     assert (result.precision, result.recall, result.f1, result.mean_error_s) == (1, 1, 1, 0)
     assert (result.false_alarms, result.duplicates) == (0, 0)
+    assert result.text_similarity == 1
+
+
+def test_a_stock_sentence_is_unlike_what_was_to_be_said() -> None:
+    result = grade(always_speak, STREAMS, WINDOW)
+    assert result.text_similarity is not None
+    assert 0 < result.text_similarity < 0.3
 
 
 def test_the_oracle_speaks_at_the_first_frame_that_shows_it() -> None:
@@ -67,7 +74,7 @@ def test_the_oracle_speaks_at_the_first_frame_that_shows_it() -> None:
         (10.5, TEXTS[0]),
         (59.5, TEXTS[1]),
     ]
-    assert oracle(LabelledStream([], torch.empty(0, 4, 32), stream.labels, 0)) == []
+    assert oracle(LabelledStream([], [], stream.labels, 0)) == []
 
 
 def test_a_fixed_interval_is_right_where_the_labels_have_it() -> None:
@@ -91,13 +98,14 @@ def test_the_change_detectors_threshold_is_fitted() -> None:
     assert grade(change_detector(threshold / 20), STREAMS, EXACT).f1 < 0.1
 
 
-def test_distances_are_between_0_for_the_same_and_2_for_the_opposite() -> None:
+def test_changes_are_between_0_for_the_same_and_2_for_the_opposite() -> None:
     tokens = torch.tensor([[[1.0, 0]], [[2.0, 0]], [[0, 1.0]], [[0, -1.0]]])
-    assert frame_distances(tokens).tolist() == pytest.approx([0, 1, 2])
+    assert frame_changes(tokens) == pytest.approx([0, 0, 1, 2])
+    assert frame_changes(tokens[:0]) == []
 
 
 def test_one_frame_has_no_change() -> None:
-    stream = LabelledStream([0.0], torch.zeros(1, 4, 32), [], 1)
+    stream = LabelledStream([0.0], [0.0], [], 1)
     assert [moment.time for moment in change_detector(0.5)(stream)] == [0]
     with pytest.raises(ValueError, match="no change to detect"):
         fit_change_detector([stream], WINDOW)
