@@ -47,7 +47,7 @@ class ClientSide(LogConnection):
         does not hear that it exists.
         """
         check_session_id(session_id)
-        args = [client, secrets.token_hex(8), self.config.session_ttl_ms]
+        args: list[str | int] = [client, secrets.token_hex(8), self.config.session_ttl_ms]
         number = await self.script("ATTACH", self.session_keys(session_id), args)
         meta = await self.session_meta(session_id) if isinstance(number, int) and number > 0 else None
         if meta is None:
@@ -56,7 +56,7 @@ class ClientSide(LogConnection):
 
     async def note(self, session_id: str, connection: int, field: Literal["preferences", "counts"], text: str) -> bool:
         """Keep for the next gateway what this one knows of its client. False when another connection is attached."""
-        args = [connection, field, text, self.config.session_ttl_ms]
+        args: list[str | int] = [connection, field, text, self.config.session_ttl_ms]
         return await self.script("NOTE", self.session_keys(session_id), args) == 1
 
     async def entries(self, session_id: str, first: int, count: int) -> list[tuple[int, LogEntry]]:

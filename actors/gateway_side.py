@@ -30,7 +30,7 @@ from actors.session_log import (
     position_of,
     session_expired,
 )
-from actors.tails import PartitionTails
+from actors.tails import CHECK_S, PartitionTails
 
 TAIL_BLOCK_MS = 1000
 
@@ -183,7 +183,8 @@ class GatewaySide(ClientSide):
 
     def _partition_tails(self, partition: int) -> PartitionTails:
         if partition not in self._tails:
-            self._tails[partition] = PartitionTails(PartitionLog(self, partition))
+            check_s = min(CHECK_S, self.config.resume_s / 4)
+            self._tails[partition] = PartitionTails(PartitionLog(self, partition), check_s)
         return self._tails[partition]
 
     def _lock(self, session_id: str) -> asyncio.Lock:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 4096 * 4096
+WEBP_HEADER = 30
 
 _OTHER_STARTS = {
     b"GIF8": "a GIF",
@@ -28,10 +31,24 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
     Raises ValueError for anything but one whole JPEG, PNG or WebP picture of at most `max_pixels`.
     """
+    with _opened(data, max_pixels) as image:
+        return np.asarray(_rgb(ImageOps.exif_transpose(image)))
+
+
+def check_image(data: bytes, max_pixels: int = MAX_PIXELS) -> None:
+    """Look at the header alone. Raises ValueError for what `decode_image` would refuse because of it."""
+    with _opened(data, max_pixels):
+        pass
+
+
+@contextmanager
+def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
+    """A picture whose header has been checked; what fails with it in the block is a ValueError, too."""
     try:
+        _check_webp(data, max_pixels)
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check(image, max_pixels)
-            return np.asarray(_rgb(ImageOps.exif_transpose(image)))
+            yield image
     except _Refused as refused:
         raise ValueError(str(refused)) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -51,6 +68,23 @@ def _check(image: Image.Image, max_pixels: int) -> None:
     pictures = getattr(image, "n_frames", 1)
     if pictures > 1:
         raise _Refused(f"not an image: found {image.format} animation of {pictures} pictures, expected one picture")
+
+
+def _check_webp(data: bytes, max_pixels: int) -> None:
+    """Pillow's WebP reader makes room for the whole picture when it opens one: that would be too late."""
+    if data[:4] != b"RIFF" or data[8:12] != b"WEBP" or len(data) < WEBP_HEADER:
+        return
+    width, height = 0, 0
+    match data[12:16]:
+        case b"VP8X":
+            width, height = (int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27))
+        case b"VP8L":
+            bits = int.from_bytes(data[21:25], "little")
+            width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+        case b"VP8 ":
+            width, height = (int.from_bytes(data[at : at + 2], "little") & 0x3FFF for at in (26, 28))
+    if width * height > max_pixels:
+        raise _Refused(_too_large(f"{width}x{height}", max_pixels))
 
 
 def _too_large(found: str, max_pixels: int) -> str:

@@ -71,10 +71,14 @@ class Tail:
 
 
 class PartitionTails:
-    """All tails of this process in one partition, and the task that reads for them while there are any."""
+    """All tails of this process in one partition, and the task that reads for them while there are any.
 
-    def __init__(self, source: LogSource) -> None:
+    Every `check_s` it looks for sessions that have ended, which also says that their clients are there.
+    """
+
+    def __init__(self, source: LogSource, check_s: float = CHECK_S) -> None:
         self._source = source
+        self._check_s = check_s
         self._tails: set[Tail] = set()
         self._task: asyncio.Task[None] | None = None
         self._waiting = False
@@ -100,13 +104,13 @@ class PartitionTails:
 
     async def _follow(self) -> None:
         loop = asyncio.get_running_loop()
-        next_check = loop.time() + CHECK_S
+        next_check = loop.time() + self._check_s
         try:
             while self._tails:
                 await self._read()
                 if loop.time() >= next_check:
                     await self._check()
-                    next_check = loop.time() + CHECK_S
+                    next_check = loop.time() + self._check_s
         except Exception as error:  # whoever follows a log must hear that nobody reads it any more
             for tail in self._tails:
                 tail.finish(error)

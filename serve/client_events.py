@@ -10,10 +10,12 @@ from __future__ import annotations
 import base64
 import binascii
 import struct
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+MOST_TOKENS = 4096
 BINARY_VERSION = 1
 BINARY_HEADER = struct.Struct(">Bd")  # version, video time in seconds
 
@@ -67,13 +69,23 @@ class VideoPatch(Part):
 
 
 class SessionPatch(Part):
-    """Settings of the session; what is absent stays as it is. `include` asks for optional events."""
+    """Settings of the session; what is absent stays as it is. `include` asks for optional events.
+
+    `model` may be given, as clients of other servers do, and changes nothing: one model is served.
+    """
 
     type: Literal["realtime"] | None = None
+    model: str | None = Field(default=None, max_length=256)
+    output_modalities: list[Literal["text"]] | None = Field(default=None, min_length=1, max_length=1)
     instructions: str | None = Field(default=None, max_length=8192)
-    max_output_tokens: int | None = Field(default=None, ge=1, le=4096)
+    max_output_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | Literal["inf"] | None = None
     include: list[Literal["frame_decided"]] | None = None
     video: VideoPatch | None = None
+
+    @property
+    def most_tokens(self) -> int | None:
+        """`max_output_tokens` as a number."""
+        return MOST_TOKENS if self.max_output_tokens == "inf" else self.max_output_tokens
 
 
 class SessionUpdate(ClientEvent):
@@ -92,17 +104,20 @@ class InputText(Part):
 
 
 class InputImage(Part):
-    """A frame as a data URL."""
+    """A frame as a data URL; without `video_time` it comes one frame after the last. `detail` is the model's affair."""
 
     type: Literal["input_image"]
     image_url: str = Field(repr=False)
-    video_time: VideoTime
+    detail: Literal["auto", "low", "high"] | None = None
+    video_time: VideoTime | None = None
 
 
 class Item(Part):
     """A user's message: questions and frames in order."""
 
     id: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_-]{1,64}\z")
+    object: Literal["realtime.item"] | None = None
+    status: Literal["completed", "incomplete", "in_progress"] | None = None
     type: Literal["message"] = "message"
     role: Literal["user"] = "user"
     content: list[Annotated[InputText | InputImage, Field(discriminator="type")]] = Field(min_length=1, max_length=64)
@@ -112,6 +127,7 @@ class ConversationItemCreate(ClientEvent):
     """Ask a question or give a frame, as a message of the conversation."""
 
     type: Literal["conversation.item.create"]
+    previous_item_id: None = None
     item: Item
 
 
@@ -129,6 +145,21 @@ class VideoEnd(ClientEvent):
     type: Literal["input_video_buffer.end"]
 
 
+class ResponseWish(Part):
+    """How to respond; `instructions` are asked like a question."""
+
+    instructions: str | None = Field(default=None, min_length=1)
+    output_modalities: list[Literal["text"]] | None = Field(default=None, min_length=1, max_length=1)
+    conversation: Literal["auto"] | None = None
+
+
+class ResponseCreate(ClientEvent):
+    """Respond now. A question is answered without being asked for it: after one this changes nothing."""
+
+    type: Literal["response.create"]
+    response: ResponseWish | None = None
+
+
 class ResponseCancel(ClientEvent):
     """Stop the response that is being spoken."""
 
@@ -136,13 +167,14 @@ class ResponseCancel(ClientEvent):
     response_id: str | None = None
 
 
-AnyClientEvent = SessionUpdate | ConversationItemCreate | VideoAppend | VideoEnd | ResponseCancel
+AnyClientEvent = SessionUpdate | ConversationItemCreate | VideoAppend | VideoEnd | ResponseCreate | ResponseCancel
 _client_event: TypeAdapter[AnyClientEvent] = TypeAdapter(Annotated[AnyClientEvent, Field(discriminator="type")])
 CLIENT_TYPES = [
     "session.update",
     "conversation.item.create",
     "input_video_buffer.append",
     "input_video_buffer.end",
+    "response.create",
     "response.cancel",
 ]
 
@@ -155,7 +187,7 @@ def parse_text(text: str) -> AnyClientEvent:
         raise _client_error(error, _event_id(text)) from None
 
 
-def parse_patch(fields: dict[str, object]) -> SessionPatch:
+def parse_patch(fields: Mapping[str, object]) -> SessionPatch:
     """Session settings from a form's fields. Raises ClientError."""
     try:
         return SessionPatch.model_validate(fields)

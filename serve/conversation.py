@@ -1,75 +1,66 @@
 """One client's session as the gateway sees it: frames admitted by credits, the log as events.
 
-The gateway keeps nothing that the log does not hold, apart from the frames that wait for a credit
-and the counts. Dropping happens here and only here, before a frame gets its number: with `latest`
-the newest frame wins, with `block` frames wait, up to a bound.
+The gateway keeps nothing that Redis does not hold, apart from the frames that wait for a credit: what
+it knows of its client beyond the log it notes there, so that any gateway goes on when the client
+comes back. A session is attached to its client's newest connection; the bus refuses the older ones.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
 import uuid
-from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from actors.bus import Bus, BusError
+from actors.gateway_side import resume_too_late
 from actors.messages import (
     End,
     FramesDecided,
     FrameSkipped,
     Interrupt,
+    LogEntry,
     Query,
+    ResponseEnded,
+    ResponseStarted,
     SessionSettings,
     SettingsChange,
+    TolerantSettings,
 )
 from actors.messages import SessionEnded as SessionEndedEntry
-from serve.client_events import ClientError, DropPolicy, SessionPatch, check_time
-from serve.server_events import ServerEvent, SessionEnded, SessionInfo, Statistics, VideoInfo
+from serve.client_events import ClientError, DropPolicy, SessionPatch
+from serve.counts import Counts, NotedCounts, Outcome
+from serve.frame_buffer import FrameBuffer
+from serve.keys import LOCAL
+from serve.metrics import GatewayMeters
+from serve.server_events import ServerEvent, SessionEnded, SessionInfo, Statistics, Usage, VideoInfo, WindowInfo
 from serve.translation import Translator
 
 log = logging.getLogger(__name__)
 
-CREDIT_POLL_S = 0.2
 OWNER_POLL_S = 0.1
 CLIENTS_MISTAKES = ("too_many_inputs", "message_too_large")
 GONE = ("session_ended", "session_expired")
-LAGS_KEPT = 4096
+PAGE = 64
 
 
 class NoCapacity(Exception):
     """No LLM replica took the session in time."""
 
 
-@dataclass
-class Counts:
-    """Frames by what became of them, and the lags of the latest decisions in seconds."""
+class Preferences(BaseModel):
+    """What a client chose and only gateways need, kept in Redis for the next one. `opened` is Unix time."""
 
-    received: int = 0
-    admitted: int = 0
-    decided: int = 0
-    skipped: int = 0
-    dropped: int = 0
-    lags: deque[float] = field(default_factory=lambda: deque(maxlen=LAGS_KEPT))
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
-    def statistics(self, waiting: int = 0) -> Statistics:
-        """As it is told to clients."""
-        return Statistics(
-            received=self.received,
-            admitted=self.admitted,
-            waiting=waiting,
-            decided=self.decided,
-            skipped=self.skipped,
-            dropped=self.dropped,
-            lag_p50=percentile(self.lags, 0.50),
-            lag_p99=percentile(self.lags, 0.99),
-        )
+    settings: TolerantSettings
+    include: list[str]
+    drop_policy: DropPolicy
+    opened: float
 
 
 @contextmanager
@@ -82,29 +73,12 @@ def suppress_gone() -> Iterator[None]:
             raise
 
 
-def percentile(values: deque[float], share: float) -> float | None:
-    """Smallest value that at least `share` of all values do not exceed; None without values."""
-    if not values:
-        return None
-    ordered = sorted(values)
-    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
-
-
-@dataclass(frozen=True)
-class WaitingFrame:
-    """A frame without a number yet. `received` is the monotonic moment of its arrival."""
-
-    time: float
-    image: bytes
-    received: float
-
-
 class Conversation:
-    """A session from its first message to its last event.
+    """A session from its first message, or from where its client comes back, to its last event.
 
     `counts` are this session's, `totals` the gateway's. `bulk` marks recorded video, which
     encoders take after live frames. `max_live` bounds undecided frames where the newest wins: all the
-    credits would be seconds of lag.
+    credits would be seconds of lag. `resumable` says that the session outlives the connection.
     """
 
     def __init__(
@@ -113,51 +87,108 @@ class Conversation:
         fingerprint: str,
         totals: Counts,
         defaults: SessionSettings,
+        meters: GatewayMeters,
         *,
         max_waiting: int,
         max_live: int,
         bulk: bool = False,
+        client: str = LOCAL,
     ) -> None:
         self.id = f"sess_{uuid.uuid4().hex}"
+        self.client = client
         self.settings = defaults
-        self.drop_policy: DropPolicy = "block" if bulk else "latest"
         self.include: frozenset[str] = frozenset()
         self.counts = Counts()
         self.opened = False
         self.ended = False
+        self.resumable = False
+        self.opened_at = time.time()
+        self.taken = asyncio.Event()
         self._bus = bus
         self._fingerprint = fingerprint
         self._totals = totals
-        self._max_waiting = max_waiting
+        self._meters = meters
         self._max_live = max_live
         self._bulk = bulk
-        self._waiting: deque[WaitingFrame] = deque()
+        self._frames = FrameBuffer("block" if bulk else "latest", max_waiting, self._dropped)
         self._received_at: dict[int, float] = {}
         self._next_undecided = 0
-        self._last_time = -1.0
-        self._starved = False
         self._finishing = False
-        self._changed = asyncio.Event()
+        self._end_said = False
+        self._connection = 1
+        self._after = self._counted = -1
+        self._first = 0
+        self._asked = False
+
+    @property
+    def drop_policy(self) -> DropPolicy:
+        return self._frames.policy
 
     @property
     def info(self) -> SessionInfo:
-        """Settings in force, as clients see them."""
-        return SessionInfo(
-            id=self.id,
-            instructions=self.settings.instructions,
-            max_output_tokens=self.settings.max_response_tokens,
-            include=sorted(self.include),
-            video=VideoInfo(fps=self.settings.fps, threshold=self.settings.threshold, drop_policy=self.drop_policy),
-        )
+        """Settings as the client chose them last."""
+        return self.info_of(self.settings)
 
     @property
     def statistics(self) -> Statistics:
-        return self.counts.statistics(len(self._waiting))
+        through = self._frames.through if self._frames.through >= 0 else None
+        return self.counts.statistics(len(self._frames), through)
+
+    @property
+    def behind(self) -> int:
+        """Frames that came and are not decided."""
+        return len(self._frames) + max(0, self.counts.admitted - self._next_undecided)
+
+    def info_of(self, settings: SessionSettings) -> SessionInfo:
+        """Those settings as clients see them."""
+        window = WindowInfo(trigger=settings.window_trigger, keep=settings.window_keep)
+        return SessionInfo(
+            id=self.id,
+            model=self._fingerprint,
+            instructions=settings.instructions,
+            max_output_tokens=settings.max_response_tokens,
+            include=sorted(self.include),
+            video=VideoInfo(
+                fps=settings.fps,
+                threshold=settings.threshold,
+                drop_policy=self.drop_policy,
+                window=window if window != WindowInfo() else None,
+            ),
+        )
 
     async def open(self) -> None:
         """Create the session's log. Settings given before are those it starts with."""
         self.opened = True  # before the answer: a client that leaves meanwhile must not leave a session behind
-        await self._bus.open_session(self.id, self._fingerprint, self.settings)
+        await self._bus.open_session(self.id, self._fingerprint, self.settings, self.client)
+        await self._note_preferences()
+
+    async def resume(self, session_id: str, after: int | None) -> None:
+        """Go on with a session of this client after log position `after`, else with all of the log that is there.
+
+        Raises BusError `session_expired` for a session that is not there or not this client's,
+        `resume_too_late` when what follows `after` was trimmed.
+        """
+        meta = await self._bus.attach(session_id, self.client)
+        self.id, self._connection, self._first = session_id, meta.connection, meta.first_position
+        self._after = self._first - 1 if after is None else after
+        if self._after + 1 < self._first:
+            raise resume_too_late(session_id, self._after, self._first)
+        if self._after >= meta.position:
+            text = f"after is {after}, the log of session {session_id!r} ends at {meta.position - 1}"
+            raise BusError("bad_position", text)
+        self.settings, self.opened, self.resumable = meta.settings, True, True
+        if meta.preferences:
+            known = Preferences.model_validate_json(meta.preferences)
+            self.settings, self.include, self.opened_at = known.settings, frozenset(known.include), known.opened
+            self._frames.policy = known.drop_policy
+        noted = NotedCounts.model_validate_json(meta.counts or "{}")
+        self._frames.continue_after(max(meta.time, noted.through))
+        self.counts.admitted = meta.admitted
+        self.counts.decided, self.counts.skipped, self._counted = noted.decided, noted.skipped, noted.position
+        self.counts.dropped.update(noted.dropped)
+        self.counts.received = meta.admitted + self.counts.dropped.total()
+        self._next_undecided = noted.decided + noted.skipped
+        self._finishing = self._end_said = meta.state != "open"
 
     async def update(self, patch: SessionPatch) -> bool:
         """Change settings; those of the gateway at once, those of the model once the next frame is decided.
@@ -165,49 +196,52 @@ class Conversation:
         True when the model's settings change in the middle of the session, so that the log will tell.
         """
         settings = _patched(self.settings, patch)
+        changed = settings != self.settings
+        if changed and self.opened:
+            await self._say(SettingsChange(after_seq=self.counts.admitted - 1, settings=settings))
+        self.settings = settings
         if patch.include is not None:
             self.include = frozenset(patch.include)
         if patch.video is not None and patch.video.drop_policy is not None:
-            self.drop_policy = patch.video.drop_policy
-        if settings == self.settings:
-            return False
-        self.settings = settings
+            self._frames.policy = patch.video.drop_policy
         if self.opened:
-            await self._say(SettingsChange(after_seq=self.counts.admitted - 1, settings=settings))
-        return self.opened
+            await self._note_preferences()
+        return changed and self.opened
 
-    def offer(self, video_time: float, image: bytes) -> None:
-        """Take a frame; it is admitted when there is a credit. Raises ClientError for a bad time or a full buffer."""
+    def offer(self, video_time: float | None, image: bytes) -> None:
+        """Take a frame; it is admitted when there is a credit. Raises ClientError for a bad time or a full buffer.
+
+        Without a time it comes one frame after the last.
+        """
         if self._finishing:
             raise ClientError("ended", "a frame after input_video_buffer.end, which was the last message for frames")
-        check_time(video_time)
+        if video_time is None:
+            last = self._frames.last_time
+            video_time = last + 1 / self.settings.fps if last >= 0 else 0.0
+        self._frames.check(video_time)
         if len(image) > self._bus.config.max_frame_bytes:
             limit = self._bus.config.max_frame_bytes
             raise ClientError("too_big", f"picture of {len(image)} bytes, at most {limit} are allowed")
-        if video_time <= self._last_time:
-            raise ClientError(
-                "bad_time",
-                f"video_time is {video_time}, expected more than the {self._last_time} of the frame before",
-                "video_time",
-            )
         self._count("received")
-        if self.drop_policy == "block" and len(self._waiting) >= self._max_waiting:
-            self._count("dropped")
-            raise ClientError(
-                "buffer_full",
-                f"{len(self._waiting)} frames wait already and the frame at {video_time} s was dropped: "
-                "send no faster than input_video_buffer.status shows frames decided",
-            )
-        self._last_time = video_time
-        self._waiting.append(WaitingFrame(video_time, image, time.monotonic()))
-        self._keep_newest()
-        self._changed.set()
+        self._frames.add(video_time, image)
+
+    def refuse(self, reason: str) -> None:
+        """Count a frame that is dropped for `reason` before anybody looked at it."""
+        self._count("received")
+        self._dropped(reason)
 
     async def ask(self, text: str, video_time: float | None, item_id: str | None = None) -> str:
-        """A question about now or at a moment of the video; its id."""
+        """A question about now or at a moment of the video; its id. The same id again is the same question."""
         query_id = item_id or f"item_{uuid.uuid4().hex}"
         await self._say(Query(query_id=query_id, text=text, after_seq=self.counts.admitted - 1, time=video_time))
+        self._asked = True
         return query_id
+
+    async def respond(self, text: str | None, otherwise: str) -> None:
+        """Ask `text`; without it, `otherwise` unless a question was asked, which is answered anyway."""
+        if text is not None or not self._asked:
+            await self.ask(text or otherwise, None)
+        self._asked = False
 
     async def interrupt(self) -> None:
         """Stop the response that is being spoken."""
@@ -216,48 +250,64 @@ class Conversation:
     def finish(self) -> None:
         """No more frames: `feed` sends the end once those that wait are admitted."""
         self._finishing = True
-        self._changed.set()
+        self._frames.note_change()
 
     async def leave(self, reason: str = "client left") -> None:
         """Let the session end as soon as it can, because its client is gone or nobody took it."""
-        self._waiting.clear()
-        if not self.opened or self.ended or await self._bus.abandon(self.id, reason):
+        self._frames.clear()
+        if not self.opened or self.ended or self.taken.is_set() or await self._bus.abandon(self.id, reason):
             return
         with suppress_gone():
-            await self._bus.send(self.id, Interrupt(after_seq=self.counts.admitted - 1))
-            await self._bus.send(self.id, End(after_seq=self.counts.admitted - 1))
+            await self._bus.send(self.id, Interrupt(after_seq=self.counts.admitted - 1), self._connection)
+            await self._bus.send(self.id, End(after_seq=self.counts.admitted - 1), self._connection)
+
+    async def note_counts(self) -> None:
+        """Keep the counts for the gateway where the client may come back, before it is told them."""
+        if self.opened and not self.ended:
+            await self._bus.note(self.id, self._connection, "counts", self._noted())
+
+    async def check(self) -> None:
+        """See whether the client has connected elsewhere since: `taken` is set then."""
+        if self.opened and not self.ended:
+            meta = await self._bus.session_meta(self.id)
+            if meta is not None and meta.connection != self._connection:
+                self.taken.set()
 
     async def room(self) -> None:
         """Return when few frames wait, so that a reader of recorded video runs no further ahead."""
-        while len(self._waiting) >= min(self._max_waiting, 4):
-            await self._await_change()
+        while len(self._frames) >= min(self._frames.max_waiting, 4):
+            await self._frames.change()
 
     async def feed(self) -> None:
         """Admit waiting frames while there are credits, until `finish`; then send the end."""
         with suppress_gone():
-            while not (self._finishing and not self._waiting):
+            while not (self._finishing and not self._frames):
                 await self._admit_next()
-            await self._bus.send(self.id, End(after_seq=self.counts.admitted - 1))
+            if not self._end_said:
+                await self._bus.send(self.id, End(after_seq=self.counts.admitted - 1), self._connection)
 
     async def _admit_next(self) -> None:
         """Admit the frame that waits longest, or wait for a frame or for a credit."""
-        if not self._waiting:
-            await self._await_change()
+        if not self._frames:
+            await self._frames.change()
             return
-        frame = self._waiting.popleft()
+        frame = self._frames.take()
         seq = None
-        if self.drop_policy == "block" or len(self._received_at) < self._max_live:
-            seq = await self._bus.admit_frame(self.id, frame.time, frame.image, bulk=self._bulk)
-        self._starved = seq is None
+        if self.drop_policy == "block" or self.counts.admitted - self._next_undecided < self._max_live:
+            noted = self._noted(frame.time)
+            seq = await self._bus.admit_frame(
+                self.id, frame.time, frame.image, bulk=self._bulk, connection=self._connection, counts=noted
+            )
         if seq is None:
-            self._waiting.appendleft(frame)
-            self._keep_newest()
-            await self._await_change()
-        else:
-            self._count("admitted")
-            # The decision may overtake the answer to the admission when this process was busy.
-            if seq >= self._next_undecided:
-                self._received_at[seq] = frame.received
+            self._frames.give_back(frame)
+            await self._frames.change()
+            return
+        self._frames.admitted(frame)
+        self._count("admitted")
+        self._meters.stage("admission", time.monotonic() - frame.received)
+        # The decision may overtake the answer to the admission when this process was busy.
+        if seq >= self._next_undecided:
+            self._received_at[seq] = frame.received
 
     async def owned(self, timeout_s: float) -> None:
         """Return once an LLM replica holds the session. Raises NoCapacity after `timeout_s`."""
@@ -270,31 +320,68 @@ class Conversation:
         raise NoCapacity(f"no model replica took the session within {timeout_s:g} s: all are full or down, try later")
 
     async def events(self) -> AsyncIterator[ServerEvent]:
-        """The session's events from the first to `session.ended`, in log order."""
-        translator = Translator()
-        async for position, entry in self._bus.tail(self.id):
-            if isinstance(entry, FramesDecided):
-                for seq in range(entry.first_seq, entry.last_seq + 1):
-                    self._settle(seq, "decided")
-            elif isinstance(entry, FrameSkipped):
-                self._settle(entry.seq, "skipped")
-            for event in translator.events(position, entry, self.include, self.info, self.settings.suppress_duplicates):
-                yield event
+        """The session's events to `session.ended`, in log order, from where its client wants to go on.
+
+        An event's id is its position and its number among the events of that entry, so it is the same
+        for every gateway. Entries before that are read where an open response or the counts need them.
+        """
+        start = await self._response_start()
+        begin = max(self._first, min(start, self._counted + 1))
+        translator, position_told, number = Translator(), -1, 0
+        async for position, entry in self._bus.tail(self.id, begin - 1):
+            self._settle(position, entry)
+            if position < start:
+                continue
+            hold = self.settings.suppress_duplicates
+            told = list(translator.events(position, entry, self.include, self.info_of, hold))
             if isinstance(entry, SessionEndedEntry):
-                self.ended = True
-                yield SessionEnded(position=position, reason=entry.reason, frames=self.statistics)
+                usage = Usage(input_tokens=entry.positions - entry.spoken, output_tokens=entry.spoken)
+                ended = SessionEnded(position=position, reason=entry.reason, frames=self.statistics, usage=usage)
+                told.append(ended)
+            for event in told:
+                at = position if event.position is None else event.position
+                number = number + 1 if at == position_told else 0
+                position_told = at
+                if at > self._after:
+                    yield event.model_copy(update={"event_id": f"event_{at}_{number}"})
+
+    async def _response_start(self) -> int:
+        """Where the response began that is open at `after`; the position behind `after` when none is."""
+        low = self._after + 1
+        while low > self._first:
+            high, low = low, max(self._first, low - PAGE)
+            for position, entry in reversed(await self._bus.entries(self.id, low, high - low)):
+                if isinstance(entry, ResponseStarted):
+                    return position
+                if isinstance(entry, ResponseEnded | FramesDecided):
+                    return self._after + 1
+        return self._after + 1
 
     async def _say(self, message: Query | Interrupt | SettingsChange) -> None:
         """Send input to the model. Raises ClientError when it is too much or too large."""
         try:
-            await self._bus.send(self.id, message)
+            await self._bus.send(self.id, message, self._connection)
         except BusError as error:
             if error.code in CLIENTS_MISTAKES:
                 raise ClientError(error.code, str(error)) from None
+            if error.code == "session_ended":
+                raise ClientError("ended", "the session has ended and takes no more input") from None
             raise
 
-    def _settle(self, seq: int, outcome: str) -> None:
-        """Count a frame that is done and let the next one in."""
+    def _settle(self, position: int, entry: LogEntry) -> None:
+        """Count the frames of an entry that are done and let the next ones in."""
+        if position <= self._counted:
+            return
+        self._counted = position
+        if isinstance(entry, FramesDecided):
+            for seq in range(entry.first_seq, entry.last_seq + 1):
+                self._done(seq, "decided")
+        elif isinstance(entry, FrameSkipped):
+            self._done(entry.seq, "skipped")
+        elif isinstance(entry, SessionEndedEntry):
+            self.ended = True
+
+    def _done(self, seq: int, outcome: Outcome) -> None:
         self._count(outcome)
         self._next_undecided = seq + 1
         received = self._received_at.pop(seq, None)
@@ -302,27 +389,37 @@ class Conversation:
             lag = time.monotonic() - received
             self.counts.lags.append(lag)
             self._totals.lags.append(lag)
-        self._changed.set()
+            self._meters.stage("total", lag)
+        self._frames.note_change()
 
-    def _keep_newest(self) -> None:
-        """With `latest`, drop all but the newest waiting frame while there is no credit."""
-        keep = 1 if self._starved else self._max_waiting
-        while self.drop_policy == "latest" and len(self._waiting) > keep:
-            self._waiting.popleft()
-            self._count("dropped")
+    def _noted(self, through: float | None = None) -> str:
+        counts = NotedCounts(
+            dropped=dict(self.counts.dropped),
+            through=self._frames.through if through is None else through,
+            decided=self.counts.decided,
+            skipped=self.counts.skipped,
+            position=self._counted,
+        )
+        return counts.model_dump_json()
 
-    def _count(self, name: str) -> None:
+    async def _note_preferences(self) -> None:
+        chosen = Preferences(
+            settings=self.settings,
+            include=sorted(self.include),
+            drop_policy=self.drop_policy,
+            opened=self.opened_at,
+        )
+        await self._bus.note(self.id, self._connection, "preferences", chosen.model_dump_json())
+
+    def _dropped(self, reason: str) -> None:
+        self._meters.frame("dropped", reason)
         for counts in (self.counts, self._totals):
-            setattr(counts, name, getattr(counts, name) + 1)
+            counts.dropped[reason] += 1
 
-    async def _await_change(self) -> None:
-        """Sleep until a frame came, one was decided or the end was announced; look again now and then."""
-        try:
-            async with asyncio.timeout(CREDIT_POLL_S if self._waiting else None):
-                await self._changed.wait()
-        except TimeoutError:
-            pass
-        self._changed.clear()
+    def _count(self, outcome: Outcome) -> None:
+        self._meters.frame(outcome)
+        for counts in (self.counts, self._totals):
+            counts.add(outcome)
 
 
 def _patched(settings: SessionSettings, patch: SessionPatch) -> SessionSettings:
@@ -331,7 +428,7 @@ def _patched(settings: SessionSettings, patch: SessionPatch) -> SessionSettings:
     window = video.window if video else None
     changes = {
         "instructions": patch.instructions,
-        "max_response_tokens": patch.max_output_tokens,
+        "max_response_tokens": patch.most_tokens,
         "threshold": video.threshold if video else None,
         "fps": video.fps if video else None,
         "window_trigger": window.trigger if window else None,

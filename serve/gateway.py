@@ -183,6 +183,10 @@ class Gateway:
             gauge("frames_behind_live_max", "The same of the session that is furthest behind", max(behind, default=0)),
         ]
 
+    async def free_place(self, conversation: Conversation) -> None:
+        """The session is over, or was never begun."""
+        await self.bus.free_place(conversation.client, conversation.id)
+
     async def close(self) -> None:
         """Stop looking after sessions."""
         if self._watching is not None:
@@ -228,6 +232,6 @@ class Gateway:
                 return
             await conversation.leave()
             if not conversation.taken.is_set():
-                await self.bus.free_place(conversation.client, conversation.id)
+                await self.free_place(conversation)
         except Exception:
             log.exception("session=%s could not be ended; it expires by itself", conversation.id)

@@ -41,6 +41,7 @@ from serve.server_events import (
     GoingAway,
     ServerEvent,
     SessionCreated,
+    SessionEnded,
     SessionUpdated,
     VideoStatus,
     failure,
@@ -244,6 +245,8 @@ class Connection:
         await self._opened.wait()
         async for event in self.conversation.events():
             self._active = time.monotonic()
+            if isinstance(event, SessionEnded):
+                await self.gateway.free_place(self.conversation)  # before the client hears it and opens the next
             await self._outgoing.put_when_few_wait(event)
 
     async def _watch_owner(self) -> None:

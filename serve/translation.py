@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Literal
 
 from actors.messages import (
     FramesDecided,
@@ -13,6 +14,7 @@ from actors.messages import (
     ResponseEnded,
     ResponseStarted,
     ResponseTokens,
+    SessionSettings,
     SettingsApplied,
 )
 from serve.server_events import (
@@ -22,17 +24,31 @@ from serve.server_events import (
     ItemAdded,
     ItemContent,
     ItemInfo,
+    OutputContent,
+    OutputItem,
     ResponseCreated,
     ResponseDone,
     ResponseInfo,
     ServerEvent,
     SessionInfo,
     SessionUpdated,
+    StatusDetails,
     TextDelta,
     TextDone,
 )
 
-STATUS = {"eos": "completed", "duplicate": "completed", "length": "incomplete", "interrupted": "cancelled"}
+InfoOf = Callable[[SessionSettings], SessionInfo]
+
+STATUS: dict[str, Literal["completed", "incomplete", "cancelled"]] = {
+    "eos": "completed",
+    "duplicate": "completed",
+    "length": "incomplete",
+    "interrupted": "cancelled",
+}
+DETAILS = {
+    "length": StatusDetails(type="incomplete", reason="max_output_tokens"),
+    "interrupted": StatusDetails(type="cancelled", reason="client_cancelled"),
+}
 
 
 class Translator:
@@ -43,15 +59,15 @@ class Translator:
         self._held: list[ServerEvent] | None = None
 
     def events(
-        self, position: int, entry: LogEntry, include: frozenset[str], info: SessionInfo, hold: bool = False
+        self, position: int, entry: LogEntry, include: frozenset[str], info_of: InfoOf, hold: bool = False
     ) -> Iterator[ServerEvent]:
-        """One log entry as events, none for what is the server's own affair.
+        """One log entry as events, none for what is the server's own affair; `info_of` shows settings to clients.
 
         With `hold` a spontaneous response is told only when it is over, and not at all if it was a duplicate.
         """
         if isinstance(entry, ResponseStarted) and hold and entry.query_id is None:
             self._held = []
-        found = self._events(position, entry, include, info)
+        found = self._events(position, entry, include, info_of)
         if self._held is None:
             yield from found
             return
@@ -62,7 +78,7 @@ class Translator:
                 yield from held
 
     def _events(
-        self, position: int, entry: LogEntry, include: frozenset[str], info: SessionInfo
+        self, position: int, entry: LogEntry, include: frozenset[str], info_of: InfoOf
     ) -> Iterator[ServerEvent]:
         match entry:
             case FramesDecided():
@@ -80,31 +96,53 @@ class Translator:
                 yield _refusal(position, "refused", entry.reason, param=entry.query_id or "session")
             case ResponseStarted():
                 self._open[entry.response_id] = entry
-                yield ResponseCreated(position=position, response=_response(entry, "in_progress"))
+                response = ResponseInfo(
+                    id=entry.response_id, status="in_progress", item_id=entry.query_id, video_time=entry.time
+                )
+                yield ResponseCreated(position=position, response=response)
             case ResponseTokens():
                 if entry.text:
-                    yield TextDelta(position=position, response_id=entry.response_id, delta=entry.text)
+                    yield TextDelta(
+                        position=position,
+                        response_id=entry.response_id,
+                        item_id=_item_id(entry.response_id),
+                        delta=entry.text,
+                    )
             case ResponseEnded():
                 yield from self._ended(position, entry)
             case SettingsApplied():
-                yield SessionUpdated(position=position, session=info)
+                yield SessionUpdated(position=position, session=info_of(entry.settings))
 
     def _ended(self, position: int, entry: ResponseEnded) -> Iterator[ServerEvent]:
         started = self._open.pop(entry.response_id)
-        yield TextDone(position=position, response_id=entry.response_id, video_time=started.time, text=entry.text)
-        yield ResponseDone(position=position, response=_response(started, STATUS[entry.reason], entry.reason))
+        item_id, complete = _item_id(entry.response_id), STATUS[entry.reason] == "completed"
+        yield TextDone(
+            position=position,
+            response_id=entry.response_id,
+            item_id=item_id,
+            video_time=started.time,
+            text=entry.text,
+        )
+        said = OutputItem(
+            id=item_id,
+            status="completed" if complete else "incomplete",
+            content=[OutputContent(text=entry.text)],
+        )
+        response = ResponseInfo(
+            id=started.response_id,
+            status=STATUS[entry.reason],
+            status_details=DETAILS.get(entry.reason),
+            output=[said],
+            reason=entry.reason,
+            item_id=started.query_id,
+            video_time=started.time,
+        )
+        yield ResponseDone(position=position, response=response)
 
 
-def _response(started: ResponseStarted, status: str, reason: str | None = None) -> ResponseInfo:
-    return ResponseInfo.model_validate(
-        {
-            "id": started.response_id,
-            "status": status,
-            "reason": reason,
-            "item_id": started.query_id,
-            "video_time": started.time,
-        }
-    )
+def _item_id(response_id: str) -> str:
+    """The id of the assistant's message: a response has one."""
+    return f"item_{response_id}"
 
 
 def _refusal(

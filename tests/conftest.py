@@ -107,6 +107,12 @@ def tiny_checkpoint(tiny_configs: dict[str, ModelConfig], tmp_path_factory: pyte
 
 
 @pytest.fixture(scope="session")
+def tiny(tiny_configs: dict[str, ModelConfig], tiny_checkpoint: Path) -> dict[str, object]:
+    """The `model` section of a settings file for a checkpoint that is quick."""
+    return {**tiny_configs["live1plus"].model_dump(mode="json"), "checkpoint": str(tiny_checkpoint)}
+
+
+@pytest.fixture(scope="session")
 def redis_url() -> Iterator[str]:
     """Address of one real server for all tests; each test takes a `prefix` of its own."""
     with RedisServer() as url:

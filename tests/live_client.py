@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
+from urllib.parse import urlencode
 
 import httpx
 import numpy as np
+from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
 from actors.video import encode_jpeg
 from serve.client_events import pack_binary
-from serve.server_events import FrameDecided, ServerEvent, SessionEnded, parse_event
+from serve.server_events import ErrorEvent, FrameDecided, ServerEvent, SessionEnded, parse_event
 
 DEADLINE_S = 60.0
 
@@ -67,11 +70,34 @@ class LiveClient:
         """Frames decided so far, as they came: number and time."""
         return [(event.seq, event.video_time) for event in self.all(FrameDecided)]
 
+    def closed(self) -> tuple[int, str]:
+        """The close code, and the code of the last error, once the server has closed. Fails after a minute."""
+        try:
+            self.until(NoEvent)
+        except ConnectionClosed as closed:
+            errors = self.all(ErrorEvent)
+            return closed.rcvd.code if closed.rcvd else 1006, errors[-1].error.code if errors else ""
+        raise AssertionError("an event of no kind came")
+
+    def vanish(self) -> None:
+        """Cut the connection as a broken network would: no close frame."""
+        self.socket.socket.shutdown(socket.SHUT_RDWR)
+
+    @property
+    def logged(self) -> list[ServerEvent]:
+        """Events so far that stem from the log."""
+        return [event for event in self.events if event.position is not None]
+
+
+class NoEvent(ServerEvent):
+    """Never comes."""
+
 
 @contextmanager
-def live(url: str, **headers: str) -> Iterator[LiveClient]:
-    """A session of the server at `url`, closed with the block."""
-    address = f"{url.replace('http', 'ws', 1)}/v1/realtime"
+def live(url: str, session_id: str | None = None, after: int | None = None, **headers: str) -> Iterator[LiveClient]:
+    """A session of the server at `url`, a new one or one to go on with; the connection closes with the block."""
+    wanted = {name: value for name, value in {"session_id": session_id, "after": after}.items() if value is not None}
+    address = f"{url.replace('http', 'ws', 1)}/v1/realtime?{urlencode(wanted)}"
     with connect(address, additional_headers=headers, max_size=None, close_timeout=5) as socket:
         yield LiveClient(socket)
 

@@ -31,6 +31,7 @@ GOOD = [
     },
     {"type": "input_video_buffer.append", "video_time": 0.5, "image": "AAAA"},
     {"type": "input_video_buffer.end"},
+    {"type": "response.create", "response": {"instructions": "Say more."}},
     {"type": "response.cancel"},
 ]
 

@@ -6,7 +6,7 @@ from actors.messages import LogEntry, QueryConsumed, ResponseEnded, ResponseStar
 from serve.server_events import ServerEvent, SessionInfo, VideoInfo
 from serve.translation import Translator
 
-INFO = SessionInfo(
+INFO = lambda _: SessionInfo(  # noqa: E731
     id="s",
     instructions=None,
     max_output_tokens=10,

@@ -1,0 +1,236 @@
+"""One client's WebSocket, with the real bus, encoder and LLM around the gateway in one process."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+
+import pytest
+from application import application
+from live_client import live, picture
+from websockets.exceptions import ConnectionClosed
+
+from serve.server_events import (
+    ErrorEvent,
+    FrameDecided,
+    ItemAdded,
+    ResponseCreated,
+    ResponseDone,
+    SessionCreated,
+    SessionUpdated,
+    TextDelta,
+    TextDone,
+    VideoStatus,
+)
+
+A = 64  # the tiny tokenizer's letter "a": text at once, unlike the first bytes of a longer character
+
+
+@pytest.fixture(scope="module")
+def url(tiny: dict[str, object], redis_url: str) -> Iterator[str]:
+    with application(tiny, redis_url) as address:
+        yield address
+
+
+def test_every_frame_is_decided_once_and_in_order(url: str) -> None:
+    with live(url) as client:
+        client.configure(video={"drop_policy": "block"})
+        for index in range(40):
+            client.frame(index / 2)
+        ended = client.end()
+    assert client.decided() == [(index, index / 2) for index in range(40)]
+    assert (ended.frames.received, ended.frames.admitted, ended.frames.decided, ended.frames.dropped) == (40, 40, 40, 0)
+
+
+def test_a_session_begins_with_its_settings_and_ends_normally(url: str) -> None:
+    with live(url) as client:
+        created = client.until(SessionCreated)
+        client.configure(instructions="Be brief.", video={"fps": 4, "threshold": 0.5})
+        updated = client.until(SessionUpdated)
+        ended = client.end()
+        with pytest.raises(ConnectionClosed) as closed:
+            client.socket.recv(timeout=10)
+    assert created.session.id == updated.session.id
+    assert updated.session.instructions == "Be brief."
+    assert (updated.session.video.fps, updated.session.video.threshold) == (4, 0.5)
+    assert ended.frames.decided == 0
+    assert closed.value.rcvd is not None
+    assert closed.value.rcvd.code == 1000
+
+
+def test_positions_never_decrease_and_a_response_is_told_in_order(url: str) -> None:
+    with live(url) as client:
+        client.configure(video={"drop_policy": "block"})
+        client.ask("What is there?", video_time=1.0, item_id="mine")
+        for index in range(6):
+            client.frame(index / 2)
+        client.end()
+    positions = [event.position for event in client.events if event.position is not None]
+    assert positions == sorted(positions)
+    asked = client.all(ItemAdded)
+    assert [(item.item.id, item.video_time, item.item.content[0].text) for item in asked] == [
+        ("mine", 1.0, "What is there?")
+    ]
+    answer = next(event.response for event in client.all(ResponseCreated) if event.response.item_id == "mine")
+    told = [
+        type(event)
+        for event in client.events
+        if getattr(event, "response_id", None) == answer.id
+        or (isinstance(event, ResponseCreated | ResponseDone) and event.response.id == answer.id)
+    ]
+    assert told[0] is ResponseCreated
+    assert told[-2:] == [TextDone, ResponseDone]
+    assert set(told[1:-2]) <= {TextDelta}
+    done = next(event for event in client.all(TextDone) if event.response_id == answer.id)
+    deltas = [event.delta for event in client.all(TextDelta) if event.response_id == answer.id]
+    assert "".join(deltas).strip() == done.text.strip()
+    assert done.video_time == 1.0
+
+
+def test_decisions_are_told_only_when_asked_for(url: str) -> None:
+    with live(url) as client:
+        client.configure(include=[], video={"drop_policy": "block"})
+        client.frame(0)
+        ended = client.end()
+    assert not client.all(FrameDecided)
+    assert ended.frames.decided == 1
+
+
+def test_frames_come_as_binary_base64_or_data_url(url: str) -> None:
+    encoded = base64.b64encode(picture()).decode()
+    with live(url) as client:
+        client.configure(video={"drop_policy": "block"})
+        client.frame(0)
+        client.say({"type": "input_video_buffer.append", "video_time": 1, "image": encoded})
+        part = {"type": "input_image", "image_url": f"data:image/jpeg;base64,{encoded}", "video_time": 2}
+        client.say({"type": "conversation.item.create", "item": {"content": [part]}})
+        client.end()
+    assert client.decided() == [(0, 0), (1, 1), (2, 2)]
+
+
+def test_bad_messages_are_answered_and_the_session_goes_on(url: str) -> None:
+    bad: list[str | bytes] = [
+        "{",
+        '{"type": "what"}',
+        b"\x07",
+        b"\x01",
+        '{"type": "session.update", "session": {"a": 1}}',
+    ]
+    with live(url) as client:
+        client.configure(video={"drop_policy": "block"})
+        client.frame(5)
+        for message in bad:
+            client.socket.send(message)
+        client.frame(5)
+        client.frame(4)
+        client.ask("x" * 5000)
+        client.frame(6)
+        client.end()
+    codes = " ".join(event.error.code for event in client.all(ErrorEvent))
+    assert codes == "bad_json unknown_type bad_frame bad_frame unknown_field bad_time bad_time question_too_long"
+    assert client.decided() == [(0, 5), (1, 6)]
+
+
+def test_a_damaged_picture_is_skipped_in_its_place(url: str) -> None:
+    with live(url) as client:
+        client.configure(video={"drop_policy": "block"})
+        client.frame(0)
+        client.frame(1, picture()[:-8])
+        client.frame(2)
+        ended = client.end()
+    assert client.decided() == [(0, 0), (2, 2)]
+    (error,) = client.all(ErrorEvent)
+    assert (error.error.code, error.error.video_time) == ("frame_skipped", 1)
+    assert "damaged" in error.error.message
+    assert ended.frames.skipped == 1
+
+
+def test_settings_change_in_the_middle_of_a_session(url: str) -> None:
+    with live(url) as client:
+        client.configure(video={"drop_policy": "block"})
+        client.frame(0)
+        client.until(FrameDecided)
+        client.say({"type": "session.update", "session": {"video": {"threshold": 0.125}}})
+        while (changed := client.until(SessionUpdated)).position is None:
+            pass
+        client.end()
+    assert changed.session.video.threshold == 0.125
+
+
+def test_with_latest_the_newest_frame_wins_and_the_rest_is_counted(tiny: dict[str, object], redis_url: str) -> None:
+    with application(tiny, redis_url, max_live_frames=1) as url, live(url) as client:
+        client.configure(max_output_tokens=40)
+        for index in range(200):
+            client.frame(index)
+        ended = client.end()
+    frames = ended.frames
+    assert frames.received == 200
+    assert frames.dropped > 0
+    assert frames.decided + frames.dropped == 200
+    assert client.decided()[-1][1] == 199
+    assert [seq for seq, _ in client.decided()] == list(range(frames.decided))
+
+
+def test_with_block_a_flood_is_refused_frame_by_frame(tiny: dict[str, object], redis_url: str) -> None:
+    with application(tiny, redis_url, max_waiting_frames=2, credits=1) as url, live(url) as client:
+        client.configure(max_output_tokens=40, video={"drop_policy": "block"})
+        for index in range(50):
+            client.frame(index)
+        ended = client.end()
+    refused = client.all(ErrorEvent)
+    assert {event.error.code for event in refused} == {"buffer_full"}
+    assert ended.frames.dropped == len(refused)
+    assert ended.frames.decided + len(refused) == ended.frames.received == 50
+
+
+def test_the_state_of_the_video_is_told_while_it_changes(url: str) -> None:
+    with live(url) as client:
+        client.configure()
+        client.frame(0)
+        client.until(FrameDecided)
+        while (status := client.until(VideoStatus)).frames.decided == 0:
+            pass
+        client.end()
+    assert status.frames.lag_p50 is not None
+    assert status.frames.lag_p50 > 0
+
+
+def test_a_response_can_be_cancelled(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model is kept from ending its answer, or it might be over before the cancellation comes."""
+    monkeypatch.setattr("actors.batched.sample", lambda *_: A)
+    with live(url) as client:
+        client.configure(max_output_tokens=4096)
+        client.ask("Tell me everything.", video_time=0.0)
+        client.frame(0)
+        client.until(TextDelta)
+        client.say({"type": "response.cancel"})
+        done = client.until(ResponseDone)
+        client.end()
+    assert done.response.status == "cancelled"
+
+
+def test_a_session_that_nobody_takes_is_told_so(tiny: dict[str, object], redis_url: str) -> None:
+    with application(tiny, redis_url, admission_timeout_s=0.2, workers=False) as url, live(url) as client:
+        client.configure()
+        error = client.until(ErrorEvent)
+        with pytest.raises(ConnectionClosed) as closed:
+            client.socket.recv(timeout=10)
+    assert error.error.code == "no_capacity"
+    assert closed.value.rcvd is not None
+    assert closed.value.rcvd.code == 1013
+
+
+def test_an_idle_session_is_closed_with_a_reason(tiny: dict[str, object], redis_url: str) -> None:
+    with application(tiny, redis_url, idle_s=0.1) as url, live(url) as client:
+        assert client.until(ErrorEvent).error.code == "idle_timeout"
+
+
+def test_a_full_gateway_says_so_and_takes_the_next_when_there_is_room(tiny: dict[str, object], redis_url: str) -> None:
+    with application(tiny, redis_url, sessions=1) as url:
+        with live(url) as first:
+            first.until(SessionCreated)
+            with live(url) as second:
+                assert second.until(ErrorEvent).error.code == "sessions_full"
+            first.end()
+        with live(url) as third:
+            assert third.until(SessionCreated)
