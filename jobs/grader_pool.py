@@ -19,6 +19,7 @@ from actors.engine import EngineConfig
 from jobs.cluster import connect, is_local
 from jobs.dialogues import Dialogue
 from jobs.grader import Grader, Identity
+from jobs.training_run import portable
 
 RESTARTS = 3
 
@@ -69,7 +70,7 @@ class Actors:
             max_restarts=RESTARTS,
             max_task_retries=RESTARTS,
         )
-        self.actors = [cast(ActorHandle[Grader], actor.remote(config)) for _ in range(workers)]
+        self.actors = [cast(ActorHandle[Grader], actor.remote(portable(config))) for _ in range(workers)]
 
     def identity(self) -> Identity:
         return cast(Identity, ray.get(_ask(self._ready(), "identity")))

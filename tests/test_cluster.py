@@ -18,6 +18,18 @@ from actors.config import ModelConfig
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 
+WHERE = """
+import time, ray
+ray.init()
+
+@ray.remote(num_cpus=1)
+def where():
+    time.sleep(1)
+    return ray.util.get_node_ip_address()
+
+print("nodes", sorted(set(ray.get([where.remote() for _ in range(2)]))))
+"""
+
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[two_nodes.TwoNodes]:
@@ -70,14 +82,10 @@ def test_every_job_runs_on_two_nodes(cluster: two_nodes.TwoNodes, shared: Path) 
     assert (shared / "said" / "hands_and_objects.srt").is_file()
 
 
-def test_both_nodes_work(cluster: two_nodes.TwoNodes) -> None:
-    program = (
-        "import ray; ray.init(); "
-        "where = ray.remote(num_cpus=1)(lambda: (__import__('time').sleep(1), ray.util.get_node_ip_address())[1]); "
-        "print('nodes', sorted(set(ray.get([where.remote() for _ in range(2)]))))"
-    )
-    done = cluster.submit("python", "-c", f'"{program}"')
-    assert f"nodes ['{cluster.head}', " in done.stdout, done.stdout + done.stderr
+def test_both_nodes_work(cluster: two_nodes.TwoNodes, shared: Path) -> None:
+    (shared / "where.py").write_text(WHERE)
+    done = cluster.submit("python", shared / "where.py")
+    assert f"nodes ['{cluster.head}', '{cluster.worker}']" in done.stdout, done.stdout + done.stderr
 
 
 def test_a_stranger_without_the_token_is_turned_away(cluster: two_nodes.TwoNodes) -> None:

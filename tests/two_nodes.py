@@ -57,6 +57,10 @@ class TwoNodes:
         return self._address(2)
 
     @property
+    def worker(self) -> str:
+        return self._address(3)
+
+    @property
     def dashboard(self) -> str:
         return f"http://{self.head}:{DASHBOARD_PORT}"
 
@@ -79,8 +83,7 @@ class TwoNodes:
             dashboard = [f"--dashboard-host={self.head}", f"--dashboard-port={DASHBOARD_PORT}"]
             head = self._start(2, *ray, "--head", f"--port={GCS_PORT}", f"--node-ip-address={self.head}", *dashboard)
             self._wait_for_nodes(head, 1)
-            worker = self._address(3)
-            self._start(3, *ray, f"--address={self.head}:{GCS_PORT}", f"--node-ip-address={worker}")
+            self._start(3, *ray, f"--address={self.head}:{GCS_PORT}", f"--node-ip-address={self.worker}")
             self._wait_for_nodes(head, 2)
         except BaseException:
             self._stack.close()
