@@ -3,7 +3,10 @@
   engine   the batched engine against the plain `reference` backend (a growing Hugging Face cache, one
            session and one frame a step): live, recorded, many sessions, memory, latency
 
-Both backends get the same weights, input, dtype, threads and window, and the same script says when they
+  data     videos to frame tokens: frames a second against what decoding and encoding alone would allow,
+           memory against video length, the size of a store, random reads
+
+Both backends of `engine` get the same weights, input, dtype, threads and window, and the same script says when they
 speak: the model computes everything, but its choices are not followed. They take turns, so that what else
 the machine does slows both; trust the ratios, not the milliseconds.
 """
@@ -12,9 +15,11 @@ from __future__ import annotations
 
 import argparse
 import logging
+import platform
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from actors.config import ConfigError, load_config
@@ -24,6 +29,8 @@ from actors.parts import CheckpointError
 from actors.runtime import limit_threads
 from actors.weights import WeightsError
 from jobs.benchmark_models import PRESETS, subject_of, subject_of_size
+from jobs.data_benchmark import DATA_QUICK, DataAmount, DataBenchmark
+from jobs.encode_frames import EncodingError
 from jobs.engine_benchmark import QUICK, Amount, EngineBenchmark
 
 ENGINE_HELP = """Compare the batched engine with the `reference` backend.
@@ -44,13 +51,25 @@ Contexts of a certain length are made without living through them: see jobs/scri
 """
 
 
+DATA_HELP = """Measure jobs.encode_frames on copies of real videos.
+
+Without arguments: the embedded default over the sample videos, about 5 minutes on two free cores.
+
+  stages     CPU seconds a frame of decoding and of encoding, each alone on one core
+  pipeline   frames a second in the middle of a run, against the bound: cores / (decode + encode). What
+             other programs used of the machine meanwhile is subtracted from the cores
+  memory     peak of all processes while videos of 2, 8 and 32 minutes are encoded
+  store      megabytes an hour, and random ranges a second
+"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 0 done, 1 a mistake in the settings, which is explained."""
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     try:
         arguments.run(arguments)
-    except (ConfigError, CheckpointError, EmbeddedModelError, WeightsError) as error:
+    except (ConfigError, CheckpointError, EmbeddedModelError, WeightsError, EncodingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -71,6 +90,19 @@ def engine(arguments: argparse.Namespace) -> None:
     if arguments.save:
         machine = re.sub(r"[^a-z0-9]+", "-", (arguments.machine or str(report.machine["cpu"])).lower()).strip("-")
         path = Path(arguments.save) / f"{report.machine['date']}-{machine}"
+        report.save(path)
+        print(f"\nsaved: {path}.json and {path}.png")
+
+
+def data(arguments: argparse.Namespace) -> None:
+    config = load_config(arguments.settings, arguments.overrides)
+    amount = DATA_QUICK if arguments.quick else DataAmount()
+    amount = replace(amount, frames=arguments.frames or amount.frames, minutes=arguments.minutes or amount.minutes)
+    benchmark = DataBenchmark(config, arguments.videos, amount)
+    report = benchmark.run()
+    print(report.table())
+    if arguments.save:
+        path = Path(arguments.save) / f"{report.settings['date']}-data-{arguments.machine}"
         report.save(path)
         print(f"\nsaved: {path}.json and {path}.png")
 
@@ -98,6 +130,22 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--save", metavar="FOLDER", help="write FOLDER/<date>-<machine>.json and .png")
     one.add_argument("--machine", metavar="NAME", help="name in the file's name (default: the CPU's)")
     one.set_defaults(run=engine)
+    two = kinds.add_parser(
+        "data",
+        help="videos to frame tokens",
+        description=DATA_HELP,
+        formatter_class=raw,
+        epilog="example:\n  python -m jobs.benchmark data --save benchmarks --machine xeon-2-cores",
+    )
+    two.add_argument("settings", nargs="?", default="configs/embedded.yaml", help="default: configs/embedded.yaml")
+    two.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    two.add_argument("--videos", nargs="+", default=["tests/samples"], metavar="PATH", help="default: tests/samples")
+    two.add_argument("--frames", type=int, help="through the pipeline, at least (default: 3000)")
+    two.add_argument("--minutes", type=float, nargs="+", help="of the videos memory is watched with (default: 2 8 32)")
+    two.add_argument("--quick", action="store_true", help="a few frames of everything: does it run?")
+    two.add_argument("--save", metavar="FOLDER", help="write FOLDER/<date>-data-<machine>.json and .png")
+    two.add_argument("--machine", metavar="NAME", default=platform.machine(), help="name in the file's name")
+    two.set_defaults(run=data)
     return parser
 
 

@@ -1,0 +1,43 @@
+"""What a program and the processes below it use."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+from jobs.process_usage import Sample, UsageSampler, descendants
+
+BURN = "import time\nwhile time.process_time() < 0.5: pass\nprint('burnt', flush=True)\ninput()"
+
+
+def test_children_and_theirs_are_found() -> None:
+    child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {BURN!r}])"
+    with subprocess.Popen([sys.executable, "-c", child], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"burnt\n"
+        found = descendants(os.getpid())
+        assert {os.getpid(), process.pid} < found
+        assert len(descendants(process.pid)) == 2
+        process.communicate(b"\n")
+    assert process.pid not in descendants(os.getpid())
+
+
+def test_the_work_of_children_counts_and_memory_is_seen() -> None:
+    with UsageSampler(every_s=0.01, memory=True) as sampler:
+        start = time.monotonic()
+        subprocess.run([sys.executable, "-c", BURN], input=b"\n", check=True, capture_output=True)
+        end = time.monotonic()
+    usage = sampler.between(start - 1, end + 1)
+    assert usage.ours_s - usage.driver_s > 0.4
+    assert usage.machine_s > 0.4
+    assert 10 < sampler.peak_mb < 100_000
+
+
+def test_moments_between_samples_are_interpolated() -> None:
+    sampler = UsageSampler()
+    sampler.samples = [Sample(0, 0, 0, 0, 5), Sample(2, 4, 1, 10, 7), Sample(4, 4, 1, 20, 6)]
+    usage = sampler.between(1, 3)
+    assert (usage.wall_s, usage.ours_s, usage.driver_s, usage.machine_s) == (2, 2, 0.5, 10)
+    assert usage.free_cores == (os.cpu_count() or 1) - 4
+    assert sampler.peak_mb == 7
