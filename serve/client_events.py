@@ -115,7 +115,7 @@ class InputImage(Part):
 class Item(Part):
     """A user's message: questions and frames in order."""
 
-    id: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_-]{1,64}\z")
+    id: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_-]{1,64}$")
     object: Literal["realtime.item"] | None = None
     status: Literal["completed", "incomplete", "in_progress"] | None = None
     type: Literal["message"] = "message"
