@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 DECORD_FORMATS = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
 DECORD_CODECS = {"h264", "hevc", "vp8", "vp9"}
 DECORD_MAX_BYTES = 512 << 20
+DECORD_MIN_WIDTH = 64  # the rows of narrower pictures come with their padding
 
 Backend = Literal["decord", "pyav"]
 
@@ -151,6 +152,8 @@ def _why_not_decord(video: VideoFile) -> str | None:
         return f"{video.codec} in {video.format} is not exact with it"
     if video.timeline is None or video.quarter_turns:
         return "it needs timestamps and upright frames"
+    if video.width < DECORD_MIN_WIDTH:
+        return f"it reads no picture of {video.width} pixels a row"
     if video.frames * video.width * video.height * 3 > DECORD_MAX_BYTES:
         return f"it may keep all {video.frames} frames of {video.width}x{video.height} in memory"
     return None

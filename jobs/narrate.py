@@ -10,7 +10,8 @@ and utterance), `video.srt`, `video.vtt` and, with `--burn`, `video.subtitled.mp
 keep their place below it. With `--workers`, or inside `ray job submit`, actors of a Ray cluster share
 the videos; the paths must then be the same on all its machines.
 
-A video that cannot be read is reported and the others go on. Exit code 0: done. 1: failed, for some
+A video that cannot be read is reported and the others go on; with `--keep` those that are done already are
+left alone. Exit code 0: done. 1: failed, for some
 videos or for all. 130: stopped by Ctrl-C; what was narrated until then is there.
 """
 
@@ -74,8 +75,10 @@ class Request:
 
 def narrate(request: Request) -> list[Outcome]:
     """Narrate all videos and print a line about the whole. Raises what USER_ERRORS lists."""
+    if not request.tasks:
+        print("every video is narrated already")
     started = time.monotonic()
-    outcomes = list(_on_cluster(request) if request.workers else _in_this_process(request))
+    outcomes = list(_on_cluster(request) if request.workers and request.tasks else _in_this_process(request))
     done = [outcome for outcome in outcomes if not outcome.error]
     if done:
         # The process's own loading counts where several processes share the work.
@@ -95,7 +98,7 @@ def _in_this_process(request: Request) -> Iterator[Outcome]:
             probe(task.video)
             readable.append(task)
         except VideoError as error:
-            yield _failed(task, error)
+            yield _told(Outcome(str(task.video), error=str(error)))
     if not readable:
         return
     started = time.monotonic()
@@ -103,10 +106,7 @@ def _in_this_process(request: Request) -> Iterator[Outcome]:
     print(f"loaded the model in {time.monotonic() - started:.0f} s", flush=True)
     for number, task in enumerate(readable, start=1):
         label = task.video.name if len(readable) == 1 else f"{number}/{len(readable)} {task.video.name}"
-        try:
-            yield narrator.narrate(task, label, aloud=len(readable) == 1)
-        except VideoError as error:
-            yield _failed(task, error)
+        yield _told(narrator.attempt(task, label, aloud=len(readable) == 1))
 
 
 def _on_cluster(request: Request) -> Iterator[Outcome]:
@@ -130,10 +130,8 @@ def _on_cluster(request: Request) -> Iterator[Outcome]:
     with tqdm(total=len(rows), unit="video", disable=None, file=sys.stderr) as bar:
         for batch in outcomes.iter_batches(batch_size=1, prefetch_batches=0):
             outcome = Outcome(**{name: column.tolist()[0] for name, column in batch.items()})
-            if outcome.error:
-                _report(outcome.video, outcome.error)
             bar.update()
-            yield outcome
+            yield _told(outcome)
 
 
 class _Actor:
@@ -144,20 +142,15 @@ class _Actor:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         task = Task(Path(str(batch["video"][0])), Path(str(batch["target"][0])))
-        try:
-            outcome = self.narrator.narrate(task)
-        except VideoError as error:
-            outcome = Outcome(str(task.video), error=str(error))
+        outcome = self.narrator.attempt(task)
         return {name: np.array([value]) for name, value in asdict(outcome).items()}
 
 
-def _failed(task: Task, error: VideoError) -> Outcome:
-    _report(str(task.video), str(error))
-    return Outcome(str(task.video), error=str(error))
-
-
-def _report(video: str, error: str) -> None:
-    tqdm.write(f"failed: {error if video in error else f'{video}: {error}'}", file=sys.stderr)
+def _told(outcome: Outcome) -> Outcome:
+    """The same outcome, after saying what was wrong."""
+    if error := outcome.error:
+        tqdm.write(f"failed: {error if outcome.video in error else f'{outcome.video}: {error}'}", file=sys.stderr)
+    return outcome
 
 
 def find_tasks(sources: Sequence[Path], output: Path) -> list[Task]:
@@ -227,9 +220,21 @@ def read_request(arguments: Sequence[str] | None) -> Request:
     for name, kind in SECTIONS.items():
         config.section(name, kind)
     tasks = find_tasks(sources, options.output)
+    _check_writable(options.output)
+    if options.keep:
+        tasks = [task for task in tasks if not task.done(options.burn)]
     questions = [question_of(text) for text in options.question] or [Question(INSTRUCTION)]
     workers = options.workers if options.workers is not None else (0 if is_local() else len(tasks))
     return Request(config, tasks, questions, workers, options.burn)
+
+
+def _check_writable(output: Path) -> None:
+    """Raises ConfigError before any work where its results would be lost."""
+    there = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise ConfigError(f"--output {output}: {there} is a file, expected a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"--output {output}: {there} cannot be written to: choose another folder")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -254,6 +259,9 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="TEXT[@SECONDS]",
         help=f"what the user asks, and when (default: 0); may be given again; without any, {INSTRUCTION!r}",
+    )
+    parser.add_argument(
+        "--keep", action="store_true", help="leave videos alone whose narration is there: a stopped run goes on"
     )
     parser.add_argument("--burn", action="store_true", help="also write MP4 files with the subtitles in the pictures")
     parser.add_argument(

@@ -26,7 +26,8 @@ from actors.encoder import EncoderConfig, FrameEncoder
 from actors.engine import EngineConfig
 from actors.messages import SessionSettings
 from actors.runtime import limit_threads
-from actors.video import probe, read_frames
+from actors.session import SessionError
+from actors.video import VideoError, probe, read_frames
 from jobs.lookahead import Lookahead
 from jobs.replay import FrameChunk, Question, Recording, Transcript, replay
 from jobs.subtitles import burn, cues_of, srt, webvtt
@@ -49,6 +50,10 @@ class Task:
 
     def file(self, suffix: str) -> Path:
         return Path(f"{self.target}{suffix}")
+
+    def done(self, burns: bool) -> bool:
+        """Whether all its files are there: the JSONL is the last of the text files, the video comes after it."""
+        return self.file(VIDEO_SUFFIX if burns else ".jsonl").exists()
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,22 @@ class Narrator:
                 f"frame tokens come from {self.encoder.fingerprint}, the checkpoint expects {loaded.features}: "
                 "set model.vision to the encoder it was trained with"
             )
+
+    def attempt(self, task: Task, label: str | None = None, aloud: bool = False) -> Outcome:
+        """`narrate`, but a video that fails is an outcome too: it must not end the work on the others.
+
+        Raises SessionError, and OSError where the files cannot be written: the others would fail alike.
+        """
+        try:
+            return self.narrate(task, label, aloud)
+        except VideoError as error:
+            reason = str(error)
+        except (SessionError, OSError):
+            raise
+        except Exception as error:
+            logger.exception("video=%s", task.video)
+            reason = f"{type(error).__name__}: {error}"
+        return Outcome(str(task.video), error=reason)
 
     def narrate(self, task: Task, label: str | None = None, aloud: bool = False) -> Outcome:
         """Narrate one video and write its files. Raises VideoError, or SessionError for impossible settings.

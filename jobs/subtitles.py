@@ -6,9 +6,10 @@ reads both text formats back.
 
 from __future__ import annotations
 
+import contextlib
 import html
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import groupby
@@ -18,6 +19,8 @@ import av
 import numpy as np
 from av.container import InputContainer, OutputContainer
 from av.error import FFmpegError
+from av.packet import Packet
+from av.stream import Stream
 from PIL import Image, ImageDraw, ImageFont
 
 from actors.video import FORMATS, VideoError
@@ -71,7 +74,7 @@ def webvtt(cues: Sequence[Cue]) -> str:
 def burn(video: Path, target: Path, cues: Sequence[Cue]) -> None:
     """Write `target`, an MP4 of `video` with the cues drawn into its pictures; its sound is copied.
 
-    Raises VideoError where the video cannot be decoded or its sound cannot be in an MP4.
+    Damaged pictures are left out. Raises VideoError where there is nothing to decode or its sound cannot be in an MP4.
     """
     part = target.with_name(f".{target.name}.part")
     try:
@@ -96,13 +99,13 @@ def _copy(source: InputContainer, result: OutputContainer, cues: Sequence[Cue]) 
     sounds = source.streams.audio[:1]
     copies = [result.add_stream_from_template(sound) for sound in sounds]
     canvas: _Canvas | None = None
-    for packet in source.demux(pictures, *sounds):
+    for packet in _whole_packets(source, pictures, *sounds):
         if packet.stream is not pictures:
             if packet.dts is not None:
                 packet.stream = copies[0]
                 result.mux(packet)
             continue
-        for frame in pictures.decode(packet):
+        for frame in _decoded(packet):
             time = frame.time or 0.0
             image = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
             height, width = (side - side % 2 for side in image.shape[:2])  # what yuv420p can hold
@@ -113,6 +116,21 @@ def _copy(source: InputContainer, result: OutputContainer, cues: Sequence[Cue]) 
             shown.pts, shown.time_base = frame.pts, frame.time_base
             result.mux(drawn.encode(shown))
     result.mux(drawn.encode())
+
+
+def _whole_packets(source: InputContainer, *streams: Stream) -> Iterator[Packet]:
+    """The packets of a file up to its end, or to where it breaks off."""
+    packets = source.demux(*streams)
+    with contextlib.suppress(FFmpegError):
+        yield from packets
+
+
+def _decoded(packet: Packet) -> list[av.VideoFrame]:
+    """The pictures of a packet, none of a damaged one."""
+    try:
+        return [frame for frame in packet.decode() if isinstance(frame, av.VideoFrame)]
+    except FFmpegError:
+        return []
 
 
 class _Canvas:

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from actors.config import Config, ConfigError, ModelConfig
+from actors.video import VideoFrame, read_frames
 from jobs.annotations import read_srt, read_webvtt
 from jobs.narrate import INSTRUCTION, find_tasks, main, question_of, read_request
 from jobs.narrator import UNTRAINED_TOKENS, Narrator
@@ -83,6 +84,56 @@ def test_a_bad_video_is_named_and_the_others_go_on(
     assert "1 of 2 videos" in written.out
     assert sorted(path.name for path in (tmp_path / "out").rglob("*.*")) == ["b.jsonl", "b.srt", "b.vtt"]
     assert rows_of(tmp_path / "out" / "deep" / "b.jsonl")[0]["text"] == INSTRUCTION
+
+
+def test_a_video_that_breaks_the_program_does_not_end_the_others(
+    narrate: Callable[..., int],
+    samples: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def read(video: Path, *arguments: object) -> Iterator[VideoFrame]:
+        if video.name == "a.mp4":
+            raise KeyError("a picture of another kind")
+        return read_frames(video, *arguments)
+
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for name in ("a.mp4", "b.mp4"):
+        (folder / name).symlink_to(samples / "hands_and_objects.mp4")
+    monkeypatch.setattr("jobs.narrator.read_frames", read)
+    assert narrate(folder) == 1
+    written = capsys.readouterr()
+    assert f"failed: {folder}/a.mp4: KeyError: 'a picture of another kind'" in written.err
+    assert "1 of 2 videos" in written.out
+    assert {path.stem for path in (tmp_path / "out").iterdir()} == {"b"}
+
+
+def test_a_stopped_run_goes_on(
+    narrate: Callable[..., int], samples: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    (folder / "a.mp4").symlink_to(samples / "hands_and_objects.mp4")
+    assert narrate(folder) == 0
+    first = (tmp_path / "out" / "a.jsonl").stat().st_mtime_ns
+    (folder / "b.mp4").symlink_to(samples / "hands_and_objects.mp4")
+    capsys.readouterr()
+    assert narrate(folder, "--keep") == 0
+    assert "1 of 1 videos" in capsys.readouterr().out
+    assert (tmp_path / "out" / "a.jsonl").stat().st_mtime_ns == first
+    assert narrate(folder, "--keep") == 0
+    assert "every video is narrated already" in capsys.readouterr().out
+
+
+def test_an_output_that_is_no_folder_is_refused_before_any_work(
+    sample_video: Path, settings_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file", tmp_path / "file" / "deeper"):
+        assert main([str(sample_video), settings_file, "--output", str(output)]) == 1
+        assert f"{tmp_path}/file is a file, expected a folder" in capsys.readouterr().err
 
 
 def test_only_bad_videos_end_before_a_model_is_loaded(

@@ -99,6 +99,13 @@ def test_a_video_without_sound_stays_without(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir() if path.suffix != ".mkv"] == ["out.mp4"]
 
 
+def test_a_video_that_breaks_off_is_kept_as_far_as_it_goes(tmp_path: Path) -> None:
+    whole = write_clip(tmp_path / "clip.mkv", sound=False).read_bytes()
+    (tmp_path / "broken.mkv").write_bytes(whole[: len(whole) * 2 // 3])
+    burn(tmp_path / "broken.mkv", tmp_path / "out.mp4", [Cue(0, 1, "It breaks off.")])
+    assert 3 < probe(tmp_path / "out.mp4").frames < probe(tmp_path / "clip.mkv").frames
+
+
 def test_a_file_that_is_no_video_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "clip.mp4").write_bytes(b"no video")
     with pytest.raises(VideoError, match=r"clip\.mp4: subtitles cannot be burnt in"):

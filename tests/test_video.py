@@ -173,6 +173,14 @@ def test_any_start_shows_the_frames_of_the_whole(tmp_path: Path, name: str, code
 
 
 @needs_decord
+@pytest.mark.parametrize("width", [2, 16, 48, 64])
+def test_narrow_pictures_are_read(tmp_path: Path, width: int) -> None:
+    write_video(tmp_path / "v.mp4", [0, 1, 2], Fraction(1, 2), size=(width, 48))
+    image = next(read_frames(tmp_path / "v.mp4", 2, 32)).image
+    assert image.shape == (32, 32, 3)
+    assert probe(tmp_path / "v.mp4").width == width
+
+
 def test_decord_is_kept_from_videos_that_do_not_fit_in_memory(
     sample_video: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
