@@ -11,21 +11,27 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, WebSocket
 
-from serve import errors, health, videos
+from serve import chat, errors, health, schema, videos
 from serve.access import Client, TheGateway
 from serve.bodies import RequestGuard
+from serve.chat_request import ChatRequest
 from serve.gateway import Gateway
 from serve.keys import ApiKeys
 from serve.realtime import serve_realtime
+from serve.url_guard import SourcesConfig, UrlGuard
 
 
-def build_api(gateway: Gateway, resolution_px: int, keys: ApiKeys) -> FastAPI:
-    """The application around one gateway. Recorded frames are scaled to `resolution_px` as the model sees them."""
+def build_api(gateway: Gateway, resolution_px: int, keys: ApiKeys, sources: SourcesConfig | None = None) -> FastAPI:
+    """The application around one gateway. Recorded frames are scaled to `resolution_px` as the model sees them.
+
+    Without `sources` no URL and no file of the server is read.
+    """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         async with gateway.reporter.running():
             yield
+        await gateway.close()
 
     api = FastAPI(
         title="videollm-online",
@@ -37,13 +43,25 @@ def build_api(gateway: Gateway, resolution_px: int, keys: ApiKeys) -> FastAPI:
     api.state.keys = keys
     api.state.resolution_px = resolution_px
     api.state.slots = videos.Slots(gateway.limits.recordings)
+    api.state.guard = UrlGuard(sources or SourcesConfig())
     api.add_middleware(RequestGuard, gateway=gateway)
     errors.install(api)
-    for router in (health.open_router, health.router, videos.router):
+    for router in (health.open_router, health.router, schema.router, videos.router, chat.router):
         api.include_router(router)
 
     @api.websocket("/v1/realtime")
     async def realtime(websocket: WebSocket, client: Client, the_gateway: TheGateway) -> None:
         await serve_realtime(websocket, the_gateway, client)
 
+    api.openapi = lambda: _described(api)  # type: ignore[method-assign]
     return api
+
+
+def _described(api: FastAPI) -> dict[str, object]:
+    """The OpenAPI document, with the types of bodies that routes read themselves."""
+    if api.openapi_schema is None:
+        document = FastAPI.openapi(api)
+        schema = ChatRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+        document["components"]["schemas"] |= {**schema.pop("$defs"), "ChatRequest": schema}
+        api.openapi_schema = document
+    return api.openapi_schema

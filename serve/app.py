@@ -32,6 +32,7 @@ from serve.gateway import ServeConfig
 from serve.keys import API_KEY_VARIABLE, API_KEYS_FILE_VARIABLE, ApiKeys, KeysError, is_loopback
 from serve.limits import LimitsConfig
 from serve.signals import Stopped, end_at_once_on_signal, interruptible
+from serve.url_guard import SourcesConfig
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +108,7 @@ def running(config: Config, log_to_driver: bool = False) -> Iterator[str]:
     """Everything up, as a base URL; everything down afterwards. Raises StartError."""
     settings = config.section("serve", ServeConfig)
     config.section("limits", LimitsConfig)
+    config.section("sources", SourcesConfig)
     if not ApiKeys.from_environment() and not is_loopback(settings.host):
         raise StartError(
             f"serve.host is {settings.host}, which others can reach: set {API_KEY_VARIABLE} to a secret that "

@@ -27,6 +27,7 @@ from serve.api import build_api
 from serve.gateway import Gateway, ServeConfig
 from serve.keys import ApiKeys
 from serve.limits import LimitsConfig
+from serve.url_guard import SourcesConfig
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +120,7 @@ class GatewayReplica:
     ) -> None:
         name = prepare_replica()
         self._model = config.model
+        self._sources = config.section("sources", SourcesConfig)
         made, expected = await encoder.features.remote(), await llm.features.remote()
         if made != expected:
             raise RuntimeError(
@@ -136,7 +138,7 @@ class GatewayReplica:
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self._gateway, self._model.frames.resolution_px, ApiKeys.from_environment())
+        return build_api(self._gateway, self._model.frames.resolution_px, ApiKeys.from_environment(), self._sources)
 
     async def __del__(self) -> None:
         if hasattr(self, "_bus"):

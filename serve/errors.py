@@ -57,6 +57,11 @@ class ApiError(HTTPException):
         self.code = code
         self.param = param
 
+    @property
+    def body(self) -> ErrorBody:
+        """As it is told."""
+        return error_body(self.status_code, self.code, str(self.detail), self.param)
+
 
 def described(*statuses: int) -> dict[int | str, dict[str, object]]:
     """The error responses of a route for OpenAPI; 401 and 500 belong to every one."""
@@ -69,9 +74,16 @@ def described(*statuses: int) -> dict[int | str, dict[str, object]]:
 def error_response(
     status: int, code: str, message: str, param: str | None = None, headers: Mapping[str, str] | None = None
 ) -> JSONResponse:
-    kind = "rate_limit_error" if status == 429 else "invalid_request_error" if status < 500 else "server_error"
-    body = {"error": {"message": message, "type": kind, "code": code, "param": param}}
-    return JSONResponse(body, status, headers)
+    return JSONResponse(error_body(status, code, message, param).model_dump(), status, headers)
+
+
+def error_body(status: int, code: str, message: str, param: str | None = None) -> ErrorBody:
+    kind: Literal["invalid_request_error", "rate_limit_error", "server_error"] = "invalid_request_error"
+    if status == 429:
+        kind = "rate_limit_error"
+    elif status >= 500:
+        kind = "server_error"
+    return ErrorBody(error=ErrorDetail(message=message, type=kind, code=code, param=param))
 
 
 def install(api: FastAPI) -> None:

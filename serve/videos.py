@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import shutil
 import tempfile
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated
 
 from fastapi import APIRouter, File, Form, Request, UploadFile
 from fastapi.responses import StreamingResponse
+from starlette.datastructures import UploadFile as FormFile
 
 from serve.access import Client, TheGateway
 from serve.client_events import ClientError, SessionPatch, check_time, parse_patch
@@ -62,16 +64,19 @@ async def videos(
 
 
 @asynccontextmanager
-async def opened(gateway: Gateway, client: str, patch: SessionPatch) -> AsyncIterator[Conversation]:
+async def opened(
+    gateway: Gateway, client: str, patch: SessionPatch, sampling: Mapping[str, float] = MappingProxyType({})
+) -> AsyncIterator[Conversation]:
     """A session for a recording, begun with its settings. Raises Full and ClientError."""
     async with gateway.conversation(bulk=True, client=client) as conversation:
+        conversation.settings = conversation.settings.model_copy(update=dict(sampling))
         await conversation.update(patch)
         await conversation.open()
         yield conversation
 
 
 @asynccontextmanager
-async def stored(video: UploadFile) -> AsyncIterator[Path]:
+async def stored(video: FormFile) -> AsyncIterator[Path]:
     """The uploaded file under a name of ours, for as long as the block lasts."""
     with tempfile.TemporaryDirectory(prefix="videollm-") as folder:
         path = Path(folder) / f"upload{Path(shown_name(video)).suffix[:8]}"
@@ -79,7 +84,7 @@ async def stored(video: UploadFile) -> AsyncIterator[Path]:
         yield path
 
 
-def shown_name(video: UploadFile) -> str:
+def shown_name(video: FormFile) -> str:
     """What the client calls the file, without folders and what cannot be printed."""
     name = Path(video.filename or "video").name
     return "".join(letter if letter.isprintable() and letter.isascii() else "?" for letter in name)[:80]
@@ -115,6 +120,6 @@ async def _told(created: SessionCreated, events: AsyncGenerator[ServerEvent]) ->
             yield as_sse(event)
 
 
-def _store(video: UploadFile, path: Path) -> None:
+def _store(video: FormFile, path: Path) -> None:
     with path.open("wb") as file:
         shutil.copyfileobj(video.file, file, 1 << 20)

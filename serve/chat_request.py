@@ -1,0 +1,185 @@
+"""A request to `/v1/chat/completions` as types, and as what it asks for: pictures, questions, settings.
+
+Order in the messages is order in time: text before a video is asked at its beginning, text behind it at its
+end, text behind an image when that image has been seen; `video_time` on a text part says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from serve.client_events import MOST_TOKENS, ClientError, SessionPatch, VideoTime, parse_patch
+
+MOST_IMAGES = 64
+NEUTRAL: dict[str, tuple[JsonValue, ...]] = {
+    "n": (1,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "logprobs": (False,),
+    "stop": ([],),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+}
+IGNORED = ("user", "metadata", "safety_identifier", "prompt_cache_key")
+
+
+class Given(BaseModel):
+    """Base of what clients send: frozen, unknown fields refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Url(Given):
+    """`data:` or an allow-listed https address."""
+
+    url: str = Field(repr=False, min_length=1)
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+class TextPart(Given):
+    """A question or an instruction."""
+
+    type: Literal["text"]
+    text: str = Field(min_length=1)
+    video_time: VideoTime | None = None
+
+
+class ImagePart(Given):
+    """One picture: a frame."""
+
+    type: Literal["image_url"]
+    image_url: Url
+
+
+class VideoPart(Given):
+    """A video; without `video_url` it is the file that came with the request."""
+
+    type: Literal["video_url", "video"]
+    video_url: Url | None = None
+
+
+Part = Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]
+
+
+class Message(Given):
+    """What the user says and shows, or how the assistant should behave."""
+
+    role: Literal["system", "developer", "user"]
+    content: str | list[Part] = Field(min_length=1)
+    name: str | None = None
+
+
+class StreamOptions(Given):
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class VideoSettings(Given):
+    """How the video is watched; an extension. `spontaneous` tells also what was said without a question."""
+
+    fps: float = Field(default=2.0, gt=0, le=60, allow_inf_nan=False)
+    threshold: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    spontaneous: bool = True
+
+
+class ChatRequest(BaseModel):
+    """Parameters that have an effect; others are refused by name unless they ask for nothing."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    model: str = Field(min_length=1, max_length=256, examples=["videollm-online"])
+    messages: list[Message] = Field(min_length=1, max_length=64)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(default=None, ge=1, le=MOST_TOKENS, description="longest response")
+    max_completion_tokens: int | None = Field(default=None, ge=1, le=MOST_TOKENS, description="longest response")
+    temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
+    top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
+    seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 63)
+    video: VideoSettings = VideoSettings()
+
+    def check_rest(self) -> None:
+        """Raises ClientError naming a parameter that would have to have an effect."""
+        for name, value in (self.model_extra or {}).items():
+            if value is None or name in IGNORED or value in NEUTRAL.get(name, ()):
+                continue
+            known = "is not supported here" if name in NEUTRAL else "is not a parameter of this request"
+            raise ClientError("unsupported_parameter", f"{name:.60} {known}: leave it out", name[:60])
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a request asks for: one video, or images; `questions` with times, None for the end."""
+
+    video: VideoPart | None
+    images: tuple[Url, ...]
+    questions: tuple[tuple[str, float | None], ...]
+    patch: SessionPatch
+
+
+def understood(request: ChatRequest) -> Asked:
+    """The request in terms of sessions. Raises ClientError."""
+    request.check_rest()
+    video: VideoPart | None = None
+    images: list[Url] = []
+    questions: list[tuple[str, float | None]] = []
+    for where, part in _parts(request.messages):
+        match part:
+            case TextPart():
+                after = None if video else max(0, len(images) - 1) / request.video.fps
+                questions.append((part.text, after if part.video_time is None else part.video_time))
+            case VideoPart() if video is not None:
+                raise ClientError("bad_value", "a request is about one video, this is the second", where)
+            case VideoPart():
+                video = part
+            case ImagePart():
+                images.append(part.image_url)
+        if video and images:
+            raise ClientError("bad_value", "a request has a video or images, not both", where)
+    if not video and not images:
+        raise ClientError("bad_value", "nothing to see: add a part of type video_url or image_url", "messages")
+    if len(images) > MOST_IMAGES:
+        raise ClientError("bad_value", f"{len(images)} images, at most {MOST_IMAGES} are taken", "messages")
+    return Asked(video, tuple(images), tuple(questions), _patch(request))
+
+
+def _parts(messages: Sequence[Message]) -> list[tuple[str, TextPart | ImagePart | VideoPart]]:
+    """The users' parts in order, each with its place in the request."""
+    found: list[tuple[str, TextPart | ImagePart | VideoPart]] = []
+    for index, message in enumerate(messages):
+        if message.role == "user":
+            parts = (
+                [TextPart(type="text", text=message.content)] if isinstance(message.content, str) else message.content
+            )
+            found += [(f"messages.{index}.content.{number}", part) for number, part in enumerate(parts)]
+    return found
+
+
+def _patch(request: ChatRequest) -> SessionPatch:
+    instructions = "\n".join(
+        _text(message, index) for index, message in enumerate(request.messages) if message.role != "user"
+    )
+    given: dict[str, object] = {
+        "instructions": instructions or None,
+        "max_output_tokens": request.max_completion_tokens or request.max_tokens,
+        "video": {"fps": request.video.fps, "threshold": request.video.threshold},
+    }
+    return parse_patch(given)
+
+
+def _text(message: Message, index: int) -> str:
+    if isinstance(message.content, str):
+        return message.content
+    texts = [part.text for part in message.content if isinstance(part, TextPart)]
+    if len(texts) < len(message.content):
+        raise ClientError("bad_value", f"a {message.role} message holds text only", f"messages.{index}.content")
+    return "\n".join(texts)
