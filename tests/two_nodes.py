@@ -72,6 +72,7 @@ class TwoNodes:
             "PATH": f"{BIN}:{os.environ['PATH']}",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": self.token,
+            "RAY_raylet_start_wait_time_s": str(DEADLINE_S),  # a busy machine takes longer than the usual 30 s
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_USAGE_STATS_REPORT_URL": "http://127.0.0.1:9/",
         }
