@@ -9,7 +9,7 @@ Formats:
 
     {"video": "kitchen.mp4", "moments": [{"time": 2.5, "text": "You cut the onion.", "stop": 4}], "tasks": ["cook"]}
 
-  `video` is a path relative to the file; `video_id` defaults to its name without suffix; `stop` and
+  `video` is a path relative to the file, or a URL; `video_id` defaults to its name without suffix; `stop` and
   `tasks` are optional. Times are seconds.
 
 `.srt`, `.vtt`: subtitles of the video beside them that has the same name (`kitchen.srt` of
@@ -28,6 +28,7 @@ from typing import Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from actors.config import ConfigError, Section
+from jobs.remote_files import is_remote
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".mpg", ".mpeg", ".m4v")
 
@@ -186,10 +187,10 @@ def read_jsonl(path: Path) -> Iterator[VideoAnnotation]:
             raise AnnotationError(
                 f"{path}:{number}: found {_short(line)}, expected an object with 'video' and 'moments'"
             )
-        video = path.parent / fields["video"]
+        video = fields["video"] if is_remote(fields["video"]) else str(path.parent / fields["video"])
         try:
             row = VideoAnnotation.model_validate(
-                {"video_id": video_id(video), **fields, "video": str(video), "source": str(path)}
+                {"video_id": video_id(video), **fields, "video": video, "source": str(path)}
             )
         except ValidationError as error:
             problem = error.errors()[0]

@@ -1,4 +1,4 @@
-"""What the video of an annotation row has: looked up in the file, once a process."""
+"""What the video of an annotation row has: looked up in the file, once a process; a remote one is fetched for it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import math
 from functools import lru_cache
 from pathlib import Path
 
-from actors.video import VideoInfo, probe
+from actors.video import VideoError, VideoInfo, probe
 from jobs.annotations import VideoAnnotation
 from jobs.clock import Extent
 from jobs.dataset_files import FEATURES_SUFFIX
+from jobs.remote_files import RemoteError, local_copy
 
 
 def extent_of(annotation: VideoAnnotation, fps: float) -> Extent:
@@ -23,7 +24,11 @@ def _extent(path: str, fps: float) -> Extent:
         from jobs.features import features_extent  # torch, which only this needs
 
         return features_extent(Path(path), fps)
-    info = probe(path)
+    try:
+        with local_copy(path) as file:
+            info = probe(file)
+    except RemoteError as error:
+        raise VideoError(str(error)) from None
     return Extent(frames_in(info, fps), fps, info.duration)
 
 

@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import av
+import fsspec
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -179,6 +180,18 @@ def test_what_a_model_writes_is_judged_kept_and_not_written_again(
     build(config)
     assert {path: path.stat().st_mtime_ns for path in texts.rglob("*.json")} == kept
     assert read_dialogues(tmp_path / "out" / "train") == first
+
+
+def test_a_video_behind_a_url_is_looked_at_there(videos: Path, tmp_path: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/films/clip.mp4", (videos / "clip0.mp4").read_bytes())
+    moments = [{"time": 0.5, "text": "You start."}, {"time": 30, "text": "Too late."}]
+    rows = [{"video": f"memory://films/{name}.mp4", "moments": moments} for name in ("clip", "gone")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    there, gone = (build_video(row, DataConfig(), "Be brief.") for row in read_annotations(tmp_path / "rows.jsonl"))
+    assert [dialogue.video for dialogue in there.dialogues] == ["memory://films/clip.mp4"]
+    assert there.texts_dropped == {"after the end of the video": 1}
+    assert "memory://films/gone.mp4 cannot be fetched" in str(gone.left_out)
 
 
 @pytest.mark.parametrize("fps", [1, 2, 3, 5, 29.97])
