@@ -168,8 +168,10 @@ class Connection:
     async def _handle(self, text: str | None, data: bytes | None) -> None:
         """One message of the client. Raises ClientError."""
         limits = self.gateway.limits
-        if not self._messages.take():
-            raise ClientError("rate_limited", f"more than {limits.messages_per_s:g} messages a second: dropped")
+        if text is not None and not self._messages.take():
+            raise ClientError(
+                "rate_limited", f"more than {limits.messages_per_s:g} messages a second: some were dropped"
+            )
         size = len(text.encode(errors="surrogatepass")) if text is not None else len(data or b"")
         if size > limits.message_bytes:
             raise ClientError("too_big", f"message of {size} bytes, at most {limits.message_bytes} are allowed")
@@ -223,7 +225,7 @@ class Connection:
         limits = self.gateway.limits
         if not self._frames.take():
             self.conversation.refuse("rate")
-            raise ClientError("rate_limited", f"more than {limits.frames_per_s:g} frames a second: dropped and counted")
+            raise ClientError("rate_limited", f"more than {limits.frames_per_s:g} frames a second: some were dropped")
         try:
             check_image(image, limits.frame_pixels)
         except ValueError as error:

@@ -53,13 +53,13 @@ class LiveClient:
         self.say({"type": "input_video_buffer.end"})
         return self.until(SessionEnded)
 
-    def until(self, kind: type[EventT]) -> EventT:
+    def until(self, *kinds: type[EventT]) -> EventT:
         """The next event of a kind. Fails after a minute."""
         deadline = time.monotonic() + DEADLINE_S
         while True:
             event = parse_event(self.socket.recv(timeout=max(0.0, deadline - time.monotonic())))
             self.events.append(event)
-            if isinstance(event, kind):
+            if isinstance(event, kinds):
                 return event
 
     def all(self, kind: type[EventT]) -> list[EventT]:
