@@ -42,8 +42,10 @@ from jobs.encode_frames import StoreConfig
 from jobs.evaluation import Evaluation
 from jobs.evaluation_plots import draw
 from jobs.evaluation_report import Offline, Report, named, page
+from jobs.event_metrics import EventsError
 from jobs.finished import Finished, FinishedError, key_of
 from jobs.frame_store import StoreError
+from jobs.graded_events import grade_events
 from jobs.grader import Heard, Identity
 from jobs.grader_pool import graders
 from jobs.offline_benchmarks import (
@@ -173,6 +175,7 @@ def _grade(
         window=window,
         streams=streams,
         groups=groups_of(streams, window, settings.interval_s),
+        events=grade_events(streams),
         curve=curve,
         offline=_offline(config, answered),
         answered=answered,
@@ -314,6 +317,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             DialogueError,
             DialogueFileError,
             EvaluationError,
+            EventsError,
             FinishedError,
             SessionError,
             StoreError,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from jobs.graded_events import GradedEvents
 from jobs.offline_benchmarks import Answered, Values
 from jobs.published_results import PUBLISHED, Published
 from jobs.stream_groups import ALL, GradedStream, Group
@@ -43,8 +44,8 @@ class Report:
     """Everything an evaluation says.
 
     `seen_videos` are those the checkpoint was trained on, `chosen_from` is what the threshold was chosen on
-    (None where it was not). `groups` has all streams first, then each task; `annotations` is the folder of
-    Ego4D LTA's, where it was named.
+    (None where it was not). `groups` has all streams first, then each task; `events` is None where no video
+    has any beside it; `annotations` is the folder of Ego4D LTA's, where it was named.
     """
 
     model: str
@@ -59,6 +60,7 @@ class Report:
     window: Window
     streams: list[GradedStream]
     groups: Mapping[str, Group]
+    events: GradedEvents | None
     curve: list[Point]
     offline: Mapping[str, Offline]
     answered: list[Answered]
@@ -73,6 +75,7 @@ class Report:
             "window": asdict(self.window),
             "streams": {name: _group_values(group) for name, group in self.groups.items()},
             "thresholds": [{"threshold": point.threshold, **named(point.timing)} for point in self.curve],
+            "events": None if self.events is None else _event_values(self.events),
             "offline": {task: asdict(offline) for task, offline in self.offline.items()},
             "published": {
                 task: {name: asdict(value) for name, value in published.items()}
@@ -113,7 +116,7 @@ def page(result: Report, plots: Mapping[str, str]) -> str:
     if result.offline:
         lines += list(_offline(result))
     if result.groups:
-        lines += [*_streams(result, plots), *_single_decisions(result), *_examples(result, plots)]
+        lines += [*_streams(result, plots), *_events(result), *_single_decisions(result), *_examples(result, plots)]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -191,6 +194,24 @@ def _streams(result: Report, plots: Mapping[str, str]) -> Iterator[str]:
     yield ""
 
 
+def _events(result: Report) -> Iterator[str]:
+    if (graded := result.events) is None:
+        return
+    scores, (low, high) = graded.scores, graded.interval
+    yield from (
+        "## The right thing at the right moment",
+        "",
+        f"{graded.num_streams} streams have events written beside their video. A response is right when it starts at "
+        f"most {graded.window_s:g} s before or after an event and has one of its words.",
+        "",
+        "| events | responses | in time | right | F1 | 95 % | F1 of the time alone |",
+        "|---|---|---|---|---|---|---|",
+        f"| {scores.events} | {scores.responses} | {scores.timed} | {scores.right} | {_number(scores.f1)} | "
+        f"{_number(low)} to {_number(high)} | {_number(scores.timing_f1)} |",
+        "",
+    )
+
+
 def _single_decisions(result: Report) -> Iterator[str]:
     yield from (
         "## Every decision by itself (teacher-forced)",
@@ -252,6 +273,10 @@ def _group_values(group: Group) -> dict[str, object]:
         "self_conditioned": named(group.self_conditioned),
         "controls": {name: named(timed) for name, timed in group.controls.items()},
     }
+
+
+def _event_values(graded: GradedEvents) -> dict[str, object]:
+    return asdict(graded) | {"f1": graded.scores.f1, "timing_f1": graded.scores.timing_f1}
 
 
 def _number(value: float | None) -> str:
