@@ -8,6 +8,7 @@ memory for a video of any length.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
@@ -93,6 +94,7 @@ def num_encoders(settings: StoreConfig) -> int:
 
 def decoded_chunks(batch: Row, fps: float, resolution_px: int, size: int, cache: str | None = None) -> Iterator[Row]:
     """The chunks of one video; the last one says so, and what was wrong."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # which decoder took over is worth knowing
     name, path = str(batch["video_id"][0]), str(batch["path"][0])
     count, error = 0, ""
     waiting: Row | None = None  # a chunk is known to be the last one only when no other follows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -45,6 +46,7 @@ def run_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             sections={"data": Settings},
             user_errors=(UserError,),
             argv=["settings.yaml", *arguments],
+            flags={"--slow": "data.rate=0.1"},
         )
 
     yield go
@@ -110,6 +112,16 @@ def test_overrides_may_stand_before_and_after_options(run_job) -> None:
     arguments = ("data.rate=1", "--root", ".", "data.inner.rank=2")
     assert run_job(lambda config: seen.append(config.section("data", Settings)), *arguments) == 0
     assert seen == [Settings(rate=1, inner=Inner(rank=2), folder="out")]
+
+
+def test_a_flag_is_short_for_an_override(run_job, capsys: pytest.CaptureFixture[str]) -> None:
+    seen: list[float] = []
+    for arguments in ([], ["--slow"], ["--slow", "data.rate=0.3"]):
+        assert run_job(lambda config: seen.append(config.section("data", Settings).rate), *arguments) == 0
+    assert seen == [0.5, 0.1, 0.1]
+    with pytest.raises(SystemExit):
+        run_job(lambda config: None, "--help")
+    assert re.search(r"--slow +short for data.rate=0.1", capsys.readouterr().out)
 
 
 def test_an_unknown_option_ends_with_1(run_job, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,8 @@ from training_data import untrained_config
 
 from actors import checkpoint
 from actors.config import ModelConfig
+from jobs.dialogue_files import read_dialogues
+from jobs.frame_store import FrameStore
 
 REPOSITORY = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -85,6 +87,10 @@ def test_the_offline_leg_runs_as_submitted_jobs(
     for job in ("build_dialogues", "encode_frames", "train"):
         done = submit(job)
         assert done.returncode == 0, done.stdout + done.stderr
+    told = {dialogue.video_id for dialogue in read_dialogues(tmp_path / "dialogues" / "train")}
+    assert (
+        told == set(FrameStore.open(tmp_path / "tokens").video_ids()) == {file.stem for file in samples.glob("*.srt")}
+    )
     assert checkpoint.load(tmp_path / "runs" / "test" / "checkpoint").trained_videos
 
     failed = submit("train", "training.learning_rate=1")
