@@ -6,7 +6,9 @@ a key of everything that decides it: model, frame tokens, settings and the dialo
 
 from __future__ import annotations
 
+import logging
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
@@ -21,6 +23,10 @@ from jobs.finished import Finished, key_of
 from jobs.generation import Generation
 from jobs.grader import Decided, Heard, Identity
 from jobs.grader_pool import Method, Pool
+
+logger = logging.getLogger(__name__)
+
+TELL_EVERY_S = 10.0  # in logs, where there is no bar
 
 DECIDED: TypeAdapter[Decided] = TypeAdapter(Decided)
 HEARD: TypeAdapter[Heard] = TypeAdapter(Heard)
@@ -78,13 +84,17 @@ class Evaluation:
         todo.sort(key=lambda index: -dialogues[index].num_frames)
         parts = [todo[i : i + self.at_once] for i in range(0, len(todo), self.at_once)]
         batches = [[dialogues[index] for index in part] for part in parts]
-        bar = tqdm(
-            total=len(keys), initial=len(keys) - len(todo), desc=label, unit="dialogue", disable=None, file=sys.stderr
-        )
+        kept = len(keys) - len(todo)
+        bar = tqdm(total=len(keys), initial=kept, desc=label, unit="dialogue", disable=None, file=sys.stderr)
+        told = time.monotonic()
         with bar:
             for number, results in self.pool.run(method, batches, argument):
                 for index, result in zip(parts[number], results, strict=True):
                     checked = kind.validate_python(result)
                     self.finished.add(keys[index], kind.dump_python(checked, mode="json"))
                     yield index, checked
+                kept += len(parts[number])
                 bar.update(len(parts[number]))
+                if bar.disable and (kept == len(keys) or time.monotonic() - told > TELL_EVERY_S):
+                    logger.info("%s: %d of %d dialogues", label, kept, len(keys))
+                    told = time.monotonic()
