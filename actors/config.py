@@ -28,8 +28,11 @@ SECTIONS = (
     "writer",
     "data",
     "store",
+    "streams",
     "training",
     "evaluation",
+    "report",
+    "export",
 )
 
 DEFAULT_SYSTEM_PROMPT = (

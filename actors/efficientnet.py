@@ -54,10 +54,14 @@ class EfficientNetLite0(nn.Module):
         self.classifier = nn.Linear(WIDTH, 1000)
 
     def forward(self, pixels: Tensor) -> Tensor:
+        return F.relu6(self.head(self.trunk(pixels)), inplace=True)
+
+    def trunk(self, pixels: Tensor) -> Tensor:
+        """The grid (B, 320, h, w) before the head convolution, where channels are not yet cut off at 0 and 6."""
         features = F.relu6(self.stem(pixels), inplace=True)
         for block in self.blocks:
             features = block(features)
-        return F.relu6(self.head(features), inplace=True)
+        return features
 
     def classify(self, pixels: Tensor) -> Tensor:
         """Logits (B, 1000) of the ImageNet-1k classes; the encoder itself has no use for them."""

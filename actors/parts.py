@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -41,6 +41,11 @@ class Parts:
     lora: dict[str, Tensor]
     adapter: AdapterConfig | None
     head: Tensor | None = None
+
+    def rounded(self, dtype: torch.dtype) -> Parts:
+        """The same in another dtype; the adapter's settings and a head stay as they are."""
+        connector = {name: tensor.to(dtype) for name, tensor in self.connector.items()}
+        return replace(self, connector=connector, lora={name: tensor.to(dtype) for name, tensor in self.lora.items()})
 
     @cached_property
     def digest(self) -> str:

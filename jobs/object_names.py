@@ -111,6 +111,7 @@ _UNCOUNTED = frozenset(
         "ruins",
         "standing stones",
         "sunglasses",
+        "text",
         "toilet paper",
         "velvet",
         "wool",

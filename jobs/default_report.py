@@ -1,0 +1,348 @@
+"""Grade the shipped default on what nobody trained on, and say it in numbers with their intervals.
+
+  samples   the sample videos, against events written by hand
+  photos    streams of cut-out photographs over scenes: known things, unknown ones, "tell me when", "before"
+  quiet     hours of noise, still and slowly drifting scenes: false alarms an hour
+
+Each is graded by the session and engine that serve. Controls stand beside the model: one that says the
+classifier's name whenever the picture changes, one with a stock sentence. The results are
+`report.folder`/report.json and report.md. What it needs: docs/default-model.md.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+from tqdm import tqdm
+
+from actors.backends import build_engine, load_model
+from actors.config import Config, ConfigError, ModelConfig, Section
+from actors.efficientnet import load_embedded
+from actors.encoder import FrameEncoder
+from actors.engine import Engine, EngineConfig
+from actors.messages import SessionSettings
+from actors.runtime import limit_threads
+from actors.video import read_frames
+from jobs.backgrounds import SIDE
+from jobs.class_fields import Classifier
+from jobs.controls import SENTENCE, frame_changes
+from jobs.event_metrics import NOTHING, Event, Said, event_scores, interval, read_events, share_interval
+from jobs.made_streams import StreamMaker
+from jobs.make_streams import StreamsConfig, material
+from jobs.object_names import with_article
+from jobs.photo_streams import GONE, PhotoFilm, PhotosError, PhotoStream, read_labels
+from jobs.program import run
+from jobs.replay import FrameChunk, Question, Recording, Transcript, replay
+
+logger = logging.getLogger(__name__)
+
+FPS = 2.0
+ENCODED_AT_ONCE = 32
+CHANGES = (0.3, 0.5, 0.7, 0.9)  # candidates for the change detector's threshold, chosen on the dev streams
+PIECE_S = 5.0  # a sample video is drawn again in pieces of this length
+
+
+class ReportConfig(Section):
+    """What the default is graded on."""
+
+    folder: str = Field(default="runs/default/report", description="holds report.json and report.md")
+    samples: str = Field(default="tests/samples", description="videos with VIDEO.events.json beside them")
+    cutouts: str | None = Field(default=None, description="folder of the cut-out photographs; null leaves them out")
+    scenes: str | None = Field(default=None, description="folder of photographs of scenes, for behind them")
+    labels: str = "configs/photo_labels.json"
+    dev_streams: int = Field(default=10, ge=1, description="of photographs, for the change detector's threshold")
+    test_streams: int = Field(default=30, ge=1)
+    unknown_streams: int = Field(default=6, ge=1, description="of photographs of things without a name")
+    quiet_hours: float = Field(default=10, ge=0)
+    threshold: float | None = Field(default=None, description="null is the checkpoint's own")
+    at_once: int = Field(default=4, ge=1, description="streams in one step of the engine")
+
+
+class Asked(NamedTuple):
+    """How many answers were right."""
+
+    right: int
+    asked: int
+
+    def line(self) -> str:
+        low, high = share_interval(*self)
+        share = self.right / self.asked if self.asked else 0.0
+        return f"{self.right} of {self.asked} ({share:.0%}, {low:.0%} to {high:.0%})"
+
+
+class Reporter:
+    """The model under test with its encoder."""
+
+    def __init__(self, config: Config) -> None:
+        self.settings = config.section("report", ReportConfig)
+        engine = config.section("engine", EngineConfig)
+        limit_threads(engine.threads)
+        if config.model.frames.pooled is None:
+            raise ConfigError("model.frames.pooled is null, expected the grid that the default was trained with")
+        self.pooled = config.model.frames.pooled
+        self.encoder = FrameEncoder(config.model, threads=engine.threads)
+        self.classifier = Classifier(load_embedded())
+        loaded = load_model(config)
+        self.engine: Engine = build_engine(loaded.model, loaded.template, engine)
+        threshold = self.settings.threshold if self.settings.threshold is not None else loaded.threshold
+        if threshold is None:
+            raise ConfigError(
+                f"model.checkpoint {config.model.checkpoint} has no threshold: run jobs.evaluate, which chooses one, "
+                "or set report.threshold"
+            )
+        self.threshold = threshold
+
+    def play(self, tokens: Sequence[Tensor], asked: Sequence[Sequence[Question]] = ()) -> list[Transcript]:
+        """What is said about streams of frame tokens (F, N, D), in their order."""
+        settings = SessionSettings(threshold=self.threshold, max_response_tokens=32)
+        recordings = [
+            Recording(
+                str(number),
+                [FrameChunk([frame / FPS for frame in range(len(one))], one)],
+                asked[number] if asked else (),
+                settings,
+            )
+            for number, one in enumerate(tokens)
+        ]
+        heard = {int(one.name): one for one in replay(self.engine, recordings, self.settings.at_once)}
+        return [heard[number] for number in range(len(tokens))]
+
+    def encode(self, frames: Iterable[np.ndarray]) -> Tensor:
+        """Frame tokens (F, N, D) of frames uint8."""
+        waiting, parts = list[np.ndarray](), list[Tensor]()
+        for frame in frames:
+            waiting.append(frame)
+            if len(waiting) == ENCODED_AT_ONCE:
+                parts.append(self.encoder(np.stack(waiting)))
+                waiting = []
+        if waiting:
+            parts.append(self.encoder(np.stack(waiting)))
+        return torch.cat(parts)
+
+    def classifier_control(self, tokens: Tensor, change: float) -> list[Said]:
+        """The classifier's name, in the narrator's words, whenever the picture changed by more than `change`."""
+        moments = [0, *(f for f, far in enumerate(frame_changes(tokens)) if far > change)]
+        _, places = self.classifier.named(tokens[moments, 0].float())
+        names = ["something" if p < 0 else with_article(self.classifier.names[p]) for p in places.tolist()]
+        return [Said(f / FPS, f"{name} comes into view.") for f, name in zip(moments, names, strict=True)]
+
+
+def narration(transcript: Transcript) -> list[Said]:
+    """What was said of the model's own accord."""
+    return [Said(one.time, one.text) for one in transcript.utterances if one.question is None]
+
+
+def report(config: Config) -> None:
+    """Grade and write the report."""
+    reporter = Reporter(config)
+    settings = reporter.settings
+    films = _films(settings)
+    results: dict[str, object] = {"threshold": reporter.threshold}
+    change = CHANGES[1]
+    if films is not None:
+        change = _best_change(reporter, [films.dev.stream(seed) for seed in range(settings.dev_streams)])
+    results["change_detector"] = change
+    results["samples"] = _samples(reporter, Path(settings.samples), change)
+    if films is not None:
+        results["photos"] = _photos(reporter, films.test, settings.test_streams, change)
+        results["unknown"] = _photos(reporter, films.unknown, settings.unknown_streams, change)
+        results["questions"] = _questions(reporter, films.test, settings.test_streams)
+    if settings.quiet_hours:
+        results["quiet"] = _quiet(reporter, config.section("streams", StreamsConfig), settings.quiet_hours)
+    folder = Path(settings.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.json").write_text(json.dumps(results, indent=1) + "\n")
+    (folder / "report.md").write_text(page(results))
+    logger.info("report=%s", folder / "report.md")
+
+
+class Films(NamedTuple):
+    """Known things to choose settings with and to grade with, and unknown things."""
+
+    dev: PhotoFilm
+    test: PhotoFilm
+    unknown: PhotoFilm
+
+
+def _films(settings: ReportConfig) -> Films | None:
+    """None where the photographs are left out, which is said."""
+    if settings.cutouts is None:
+        logger.warning("report.cutouts is not set: the photographs are left out, see docs/default-model.md")
+        return None
+    if settings.scenes is None:
+        raise PhotosError("report.cutouts needs report.scenes, photographs of scenes: see docs/default-model.md")
+    labels = read_labels(Path(settings.labels))
+    scenes = sorted(Path(settings.scenes).glob("*.jpg"))
+    cutouts = Path(settings.cutouts)
+    return Films(
+        PhotoFilm(cutouts, scenes, labels.known, "dev"),
+        PhotoFilm(cutouts, scenes, labels.known, "test"),
+        PhotoFilm(cutouts, scenes, labels.unknown, None),
+    )
+
+
+def _scored(said: Sequence[Sequence[Said]], events: Sequence[Sequence[Event]]) -> dict[str, object]:
+    """Scores over streams with their intervals, as the report has them."""
+    parts = [event_scores(one, happened) for one, happened in zip(said, events, strict=True)]
+    total = sum(parts, NOTHING)
+    named = Asked(total.right, total.timed)
+    texts = [one.text for stream in said for one in stream]
+    repeated = sum(a.text == b.text for stream in said for a, b in itertools.pairwise(stream))
+    return {
+        "events": total.events,
+        "responses": total.responses,
+        "f1": round(total.f1, 3),
+        "f1_interval": [round(edge, 3) for edge in interval(parts)],
+        "timing_f1": round(total.timing_f1, 3),
+        "right_words": named.line(),
+        "duplicates": round(repeated / len(texts), 3) if texts else 0.0,
+    }
+
+
+def _best_change(reporter: Reporter, streams: Sequence[PhotoStream]) -> float:
+    """The change detector's threshold that does best on the dev streams: the control at its strongest."""
+    tokens = [reporter.encode(stream.frames) for stream in streams]
+    events = [[one.event for one in stream.events] for stream in streams]
+
+    def reached(change: float) -> float:
+        said = [reporter.classifier_control(one, change) for one in tokens]
+        return sum((event_scores(*both) for both in zip(said, events, strict=True)), NOTHING).f1
+
+    return max(CHANGES, key=reached)
+
+
+def _with_controls(
+    reporter: Reporter, said: list[list[Said]], tokens: list[Tensor], events: list[list[Event]], change: float
+) -> dict[str, object]:
+    controls = [reporter.classifier_control(one, change) for one in tokens]
+    stock = [[Said(one.time, SENTENCE) for one in stream] for stream in controls]
+    steady = [[Said(float(second), SENTENCE) for second in range(0, int(len(one) / FPS), 4)] for one in tokens]
+    return {
+        "model": _scored(said, events),
+        "classifier's name at every change": _scored(controls, events),
+        "stock sentence at every change": _scored(stock, events),
+        "stock sentence every 4 s": _scored(steady, events),
+        "always silent": _scored([[] for _ in tokens], events),
+    }
+
+
+def _samples(reporter: Reporter, folder: Path, change: float) -> dict[str, object]:
+    """The sample videos, each cut into pieces for the interval, and what was said."""
+    said, tokens, events, heard = list[list[Said]](), list[Tensor](), list[list[Event]](), dict[str, object]()
+    for file in sorted(folder.glob("*.events.json")):
+        video = file.with_name(file.name.removesuffix(".events.json") + ".mp4")
+        one = reporter.encode(frame for _, _, frame in read_frames(video, fps=FPS, resolution_px=SIDE))
+        spoken = narration(reporter.play([one])[0])
+        heard[video.name] = [f"{s.time:.1f} {s.text}" for s in spoken]
+        said.append(spoken)
+        tokens.append(one)
+        events.append(read_events(file))
+    results = _with_controls(reporter, said, tokens, events, change)
+    return {**results, "said": heard}
+
+
+def _photos(reporter: Reporter, film: PhotoFilm, count: int, change: float) -> dict[str, object]:
+    """Streams of cut-outs: all events, and those in which something comes."""
+    streams = [film.stream(seed) for seed in tqdm(range(count), desc="photographs", disable=not sys.stderr.isatty())]
+    tokens = [reporter.encode(stream.frames) for stream in streams]
+    said = [narration(one) for one in reporter.play(tokens)]
+    events = [[one.event for one in stream.events] for stream in streams]
+    comes = [[one.event for one in stream.events if one.kind == "comes"] for stream in streams]
+    come_said = [[one for one in spoken if GONE not in one.text] for spoken in said]
+    return {**_with_controls(reporter, said, tokens, events, change), "model, what comes": _scored(come_said, comes)}
+
+
+def _questions(reporter: Reporter, film: PhotoFilm, count: int) -> dict[str, object]:
+    """Timed questions: to be told when something comes, of what was there before, and of what is there now."""
+    streams = [film.stream(1000 + seed) for seed in range(count)]
+    tokens = [reporter.encode(stream.frames) for stream in streams]
+    watched, told, false, before, now = 0, 0, 0, [0, 0], [0, 0]
+    recall, asked = list[list[Question]](), list[list[Question]]()
+    targets = []
+    for stream in streams:
+        coming = [one for one in stream.events if one.kind == "comes"]
+        target = coming[-1]
+        targets.append(target)
+        recall.append([Question(f"Tell me when {with_article(target.event.words[0])} appears.", 0.5)])
+        questions = [Question("What do you see now?", coming[0].event.time + 3)]
+        if len(coming) > 1:
+            questions.append(Question("What did you see before?", coming[1].event.time + 3))
+        asked.append(questions)
+    for target, transcript in zip(targets, reporter.play(tokens, recall), strict=True):
+        watched += 1
+        spoken = narration(transcript)
+        scores = event_scores(spoken, [target.event])
+        told += scores.right
+        false += scores.responses - scores.right
+    for stream, transcript in zip(streams, reporter.play(tokens, asked), strict=True):
+        coming = [one for one in stream.events if one.kind == "comes"]
+        answers = [one.text for one in transcript.utterances if one.question is not None]
+        now = [now[0] + coming[0].event.named_by(answers[0]), now[1] + 1]
+        if len(coming) > 1 and len(answers) > 1:
+            before = [before[0] + coming[0].event.named_by(answers[1]), before[1] + 1]
+    return {
+        "tell me when": Asked(told, watched).line(),
+        "told of something else": false,
+        "before": Asked(before[0], before[1]).line(),
+        "now": Asked(now[0], now[1]).line(),
+    }
+
+
+def _quiet(reporter: Reporter, settings: StreamsConfig, hours: float) -> dict[str, object]:
+    """Hours of clips in which the classifier sees nothing, of a seed that training did not have, ten minutes each."""
+    maker = StreamMaker(material(settings, reporter.classifier), reporter.classifier, reporter.pooled)
+    length = int(600 * FPS)
+    alarms = streams = 0
+    for seed in tqdm(range(round(hours * 6)), desc="quiet", disable=not sys.stderr.isatty()):
+        tokens = maker.quiet(900_000_000 + seed, length)
+        alarms += len(narration(reporter.play([tokens])[0]))
+        streams += 1
+    played = streams * length / FPS / 3600
+    return {"hours": played, "false alarms": alarms, "an hour": round(alarms / played, 2)}
+
+
+def page(results: dict[str, object]) -> str:
+    """The report as Markdown."""
+    lines = ["# The shipped default, graded", ""]
+    for name, part in results.items():
+        lines += [f"## {name}", ""]
+        if not isinstance(part, dict):
+            lines += [str(part), ""]
+            continue
+        rows = {key: value for key, value in part.items() if isinstance(value, dict) and "f1" in value}
+        if rows:
+            columns = list(next(iter(rows.values())))
+            lines += ["| | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
+            lines += [f"| {key} | " + " | ".join(str(value[c]) for c in columns) + " |" for key, value in rows.items()]
+            lines.append("")
+        for key, value in part.items():
+            if key in rows:
+                continue
+            if isinstance(value, dict):
+                for video, said in value.items():
+                    lines += [f"{video}:", "", *(f"    {one}" for one in said), ""]
+            else:
+                lines += [f"- {key}: {value}"]
+        lines.append("")
+    return "\n".join(lines) + "\n"
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "model": ModelConfig,
+    "engine": EngineConfig,
+    "streams": StreamsConfig,
+    "report": ReportConfig,
+}
+
+if __name__ == "__main__":
+    sys.exit(run(report, module="jobs.default_report", about=__doc__, sections=SECTIONS, user_errors=(PhotosError,)))

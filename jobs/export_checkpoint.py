@@ -1,0 +1,70 @@
+"""Write a trained checkpoint (model.checkpoint) once more, in another form: to ship it, or for other programs.
+
+bfloat16 halves the files; what a model says may change by a hair, so its threshold is chosen again
+(jobs.evaluate). `export.form=published` writes what the public reference reads.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sys
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from actors import checkpoint
+from actors.config import Config, ConfigError, ModelConfig, Section
+from actors.parts import CheckpointError
+from actors.weights import WeightsError
+from jobs.program import run
+
+logger = logging.getLogger(__name__)
+
+
+class ExportConfig(Section):
+    """Where to, and in which form."""
+
+    folder: str | None = Field(default=None, description="must not exist, unless export.replace is set")
+    form: Literal["ours", "published"] = "ours"
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="bfloat16", description="of adapter and connector, in our form"
+    )
+    replace: bool = Field(default=False, description="whether a checkpoint that is there already may be overwritten")
+
+
+def export(config: Config) -> Path:
+    """Write the checkpoint; returns its folder."""
+    settings = config.section("export", ExportConfig)
+    if settings.folder is None:
+        raise ConfigError("export.folder is not set: say where the checkpoint is to be written")
+    folder = Path(settings.folder)
+    if folder.exists() and not (settings.replace and (folder / checkpoint.SETTINGS_FILE).is_file()):
+        raise ConfigError(
+            f"{folder} exists: choose another export.folder, or set export.replace for a checkpoint there"
+        )
+    loaded = checkpoint.load(config.model, dtype=torch.float32, merged=False)
+    shutil.rmtree(folder, ignore_errors=True)
+    if settings.form == "published":
+        checkpoint.export_published(folder, loaded)
+    else:
+        checkpoint.save(folder, loaded, dtype=getattr(torch, settings.dtype))
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    logger.info("checkpoint=%s size=%.1f MB", folder, size / 1e6)
+    return folder
+
+
+SECTIONS: dict[str, type[Section]] = {"model": ModelConfig, "export": ExportConfig}
+
+if __name__ == "__main__":
+    sys.exit(
+        run(
+            export,
+            module="jobs.export_checkpoint",
+            about=__doc__,
+            sections=SECTIONS,
+            user_errors=(CheckpointError, WeightsError),
+        )
+    )

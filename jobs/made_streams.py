@@ -1,0 +1,152 @@
+"""Streams made up from real backgrounds and things put into them: frame tokens and what is in view.
+
+A stream is a run of scenes. Things come with a cut, fade in or are suddenly there, stay some seconds and
+go, or give way to others. Single pictures drop out or flash, which is not worth a word. What is in view
+is what the encoder's classifier says of the finished frames, when it agrees with what was put there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jobs.backgrounds import TEXT
+from jobs.class_fields import CELLS, Classifier, ellipses
+
+SURE = 0.45  # a name is in view from this probability on
+GAINS = (1.0, 1.4, 1.9)  # how strongly a thing is put in: the least that the classifier recognises
+RECOGNISED = 0.6
+
+
+@dataclass(frozen=True)
+class Material:
+    """What streams are made of: clips (C, L, 49, 320) with the names right for each, and things by name."""
+
+    clips: Tensor
+    clip_names: Sequence[tuple[str, ...]]
+    things: Tensor
+    thing_names: Tensor
+    natural: Tensor  # (320, 320): natural variation of a cell
+
+
+@dataclass(frozen=True)
+class Made:
+    """A stream: its frame tokens (F, N, 1280) fp16, and the name in view at each frame."""
+
+    tokens: Tensor
+    shown: list[str | None]
+
+
+class StreamMaker:
+    """Makes streams; the same seed makes the same stream."""
+
+    def __init__(self, material: Material, classifier: Classifier, pooled: tuple[int, int]) -> None:
+        self.material = material
+        self.classifier = classifier
+        self.pooled = pooled
+        self.by_name = [(material.thing_names == name).nonzero()[:, 0] for name in range(len(classifier.names))]
+
+    def make(self, seed: int, length: int, quiet: float = 0.12, gap: tuple[int, int] = (2, 16)) -> Made:
+        """A stream of `length` frames; `quiet` is the share of streams in which nothing comes."""
+        random = np.random.default_rng(seed)
+        torch_random = torch.Generator().manual_seed(seed)
+        fields, allowed = self._background(random, length)
+        if random.random() >= quiet:
+            for start, stop, cut in self._schedule(random, length, gap):
+                if cut:
+                    rest, names = self._background(random, length - start)
+                    fields[start:], allowed[start:] = rest, names
+                name = int(random.integers(len(self.classifier.names)))
+                fields[start:stop] = self._with_thing(fields[start:stop], name, cut, random, torch_random)
+                allowed[start:stop] = [{*names, self.classifier.names[name]} for names in allowed[start:stop]]
+                self._flash(fields, stop, random, torch_random)
+        noise = torch.randn(length, 1, 320, generator=torch_random) @ self.material.natural.T
+        fields = fields + float(random.choice((0, 0.03, 0.08))) * noise
+        tokens = self.classifier.tokens(fields, self.pooled)
+        sure, place = self.classifier.named(tokens[:, 0])
+        seen = [self.classifier.names[p] if s >= SURE and p >= 0 else None for s, p in zip(sure, place, strict=True)]
+        return Made(tokens.half(), [_agreed(name, names) for name, names in zip(seen, allowed, strict=True)])
+
+    def quiet(self, seed: int, length: int) -> Tensor:
+        """Frame tokens (length, N, 1280) fp16 of scenes without anything that has a name, each for a minute or more."""
+        random = np.random.default_rng(seed)
+        nameless = [number for number, names in enumerate(self.material.clip_names) if not names]
+        parts, made = [], 0
+        while made < length:
+            clip = self.material.clips[nameless[int(random.integers(len(nameless)))]].float()
+            count = min(length - made, int(random.integers(120, 600)))
+            there_and_back = torch.cat([clip, clip.flip(0)[1:-1]])
+            noise = torch.from_numpy(random.standard_normal((count, 1, clip.shape[-1]))).float()
+            fields = there_and_back[torch.arange(count) % len(there_and_back)]
+            fields = fields + float(random.choice((0, 0.03, 0.08))) * noise @ self.material.natural.T
+            parts.append(self.classifier.tokens(fields, self.pooled).half())
+            made += count
+        return torch.cat(parts)
+
+    def _background(self, random: np.random.Generator, length: int) -> tuple[Tensor, list[set[str]]]:
+        """Fields (length, 49, 320) of clips one after another, each there and back, and their right names."""
+        fields, names = [], list[set[str]]()
+        while len(names) < length:
+            number = int(random.integers(len(self.material.clips)))
+            clip = self.material.clips[number].float()
+            there_and_back = torch.cat([clip, clip.flip(0)[1:-1]])
+            count = min(length - len(names), int(random.integers(6, 60)))
+            at = (int(random.integers(len(clip))) + torch.arange(count)) % len(there_and_back)
+            fields.append(there_and_back[at])
+            names += [set(self.material.clip_names[number])] * count
+        return torch.cat(fields), names
+
+    def _schedule(self, random: np.random.Generator, length: int, gap: tuple[int, int]) -> list[tuple[int, int, bool]]:
+        """When things are there, [start, stop), and whether they come with a cut."""
+        stays, at = [], int(random.integers(0, 10))
+        while at < length - 2:
+            stop = min(length, at + int(random.integers(4, 20)))
+            stays.append((at, stop, random.random() < 0.5))
+            at = stop + (0 if random.random() < 0.3 else int(random.integers(*gap)))
+        return stays
+
+    def _with_thing(
+        self, fields: Tensor, name: int, cut: bool, random: np.random.Generator, torch_random: torch.Generator
+    ) -> Tensor:
+        """The fields with a thing of that name, as strong as it must be to be recognised."""
+        count = len(fields)
+        owned = self.by_name[name]
+        thing = self.material.things[owned[int(random.integers(len(owned)))]].float()
+        centre = torch.from_numpy(
+            3
+            + 1.2 * random.standard_normal((1, 2))
+            + np.linspace(0, 1, count)[:, None] * (random.standard_normal((1, 2)) * random.choice((0, 0.8)))
+        ).float()
+        radius = torch.from_numpy(np.repeat(random.uniform(1.4, 4, (1, 2)), count, axis=0)).float()
+        amount = (0.5 + torch.rand(1, CELLS, 1, generator=torch_random)) * ellipses(centre, radius)
+        strength = torch.ones(count)
+        ramp = 1 if cut else int(random.integers(1, 4))
+        strength[: min(ramp, count)] = torch.arange(1.0, ramp + 1)[:count] / ramp
+        if count > 6 and random.random() < 0.15:
+            strength[int(random.integers(4, count - 1))] = 0
+        wobble = 1 + 0.08 * torch.randn(count, generator=torch_random)
+        placed = (strength * wobble)[:, None, None] * amount * thing
+        for gain in GAINS:
+            changed = fields + gain * placed
+            sure, place = self.classifier.named(self.classifier.features(changed).mean(1))
+            if float(sure[place == name].sum()) >= RECOGNISED * count:
+                break
+        return changed
+
+    def _flash(self, fields: Tensor, at: int, random: np.random.Generator, torch_random: torch.Generator) -> None:
+        """Sometimes a single picture of something else, soon after `at`."""
+        at += int(random.integers(1, 4))
+        if at < len(fields) and random.random() < 0.12:
+            other = int(random.integers(len(self.classifier.names)))
+            fields[at : at + 1] = self._with_thing(fields[at : at + 1], other, True, random, torch_random)
+
+
+def _agreed(seen: str | None, allowed: set[str]) -> str | None:
+    """What counts as in view: what the classifier sees, where that is right, else a title card's text."""
+    if seen in allowed:
+        return seen
+    return TEXT if TEXT in allowed else None

@@ -1,0 +1,218 @@
+"""Make up streams to train the embedded default on: frame tokens and dialogues, without a labelled picture.
+
+The embedded encoder knows 1,000 classes. Real photographs in motion are its backgrounds; things are put
+into its grid by running its classifier backwards, and what is then in view, which decides what is said
+when, is what the classifier sees. Every set in `streams.sets` becomes a folder of streams.folder:
+
+  SET/tokens                        a frame-token store, as jobs.encode_frames writes it
+  SET/dialogues/{train,validation}  dialogues over its streams
+
+and `connector` a checkpoint whose connector says to the LLM what the classifier sees: where training
+starts (model.checkpoint). Needs the packages of the extra `default-model`.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from pydantic import Field
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from actors import checkpoint
+from actors.cache import whole_folder
+from actors.config import DEFAULT_SYSTEM_PROMPT, Config, ConfigError, ModelConfig, Section
+from actors.efficientnet import load_embedded
+from actors.runtime import limit_threads
+from actors.vision import EMBEDDED, vision_fingerprint
+from jobs.backgrounds import TEXT, MissingPhotographsError, clip
+from jobs.class_fields import Classifier, Injector
+from jobs.connector_start import start_connector
+from jobs.dialogue_files import to_line
+from jobs.dialogues import Dialogue, split_of
+from jobs.frame_store import FrameStore, StoreInfo
+from jobs.made_streams import SURE, Material, StreamMaker
+from jobs.program import run
+from jobs.stream_talk import Talk
+from jobs.training_config import TrainingConfig
+
+logger = logging.getLogger(__name__)
+
+FPS = 2.0
+THINGS_AT_ONCE = 250
+
+
+class StreamSet(Section):
+    """Streams of one kind."""
+
+    streams: int = Field(ge=1)
+    frames: tuple[int, int] = Field(description="shortest and longest, at 2 a second")
+    gap: tuple[int, int] = Field(default=(2, 16), description="frames without a thing between two of them")
+    quiet: float = Field(default=0.12, ge=0, le=1, description="share of the streams in which nothing comes")
+
+
+class StreamsConfig(Section):
+    """What to make up, and of how much material."""
+
+    folder: str = Field(default="runs/default", description="holds the material and the sets")
+    seed: int = 0
+    clips: int = Field(default=260, ge=4, description="backgrounds, of 16 frames")
+    things: int = Field(default=14, ge=1, description="of each name")
+    validation_fraction: float = Field(default=0.05, ge=0, lt=1)
+    threads: int = Field(default=1, ge=1)
+    sets: dict[str, StreamSet] = Field(
+        default={
+            "dense": StreamSet(streams=1000, frames=(16, 28), gap=(2, 8), quiet=0.05),
+            "long": StreamSet(streams=1600, frames=(30, 90)),
+        }
+    )
+
+
+def make(config: Config) -> None:
+    """Make the start checkpoint, the material and all sets; what is there already is kept."""
+    settings = config.section("streams", StreamsConfig)
+    model = config.model
+    if model.vision != EMBEDDED or not model.frames.cls or model.frames.pooled is None:
+        raise ConfigError(
+            f"made-up streams are of the embedded encoder's classifier: model.vision is {model.vision!r} with frames "
+            f"{model.frames}, expected 'embedded' with cls and pooled"
+        )
+    limit_threads(settings.threads)
+    folder = Path(settings.folder)
+    classifier = Classifier(load_embedded())
+    _make_start(config, classifier, folder / "connector")
+    maker = StreamMaker(material(settings, classifier), classifier, model.frames.pooled)
+    info = StoreInfo(
+        fingerprint=vision_fingerprint(model),
+        vision=EMBEDDED,
+        fps=FPS,
+        num_tokens=model.frames.num_tokens,
+        width=classifier.network.classifier.in_features,
+    )
+    for number, (name, wanted) in enumerate(settings.sets.items(), start=1):
+        if (folder / name).exists():
+            logger.info("set=%s is there already: remove %s to make it again", name, folder / name)
+            continue
+        with whole_folder(folder / name) as part:
+            first = settings.seed + number * 1_000_000
+            _make_set(maker, classifier, info, name, wanted, first, settings.validation_fraction, part)
+
+
+def _make_start(config: Config, classifier: Classifier, folder: Path) -> None:
+    if folder.exists():
+        return
+    training = config.section("training", TrainingConfig)
+    model = config.model.model_copy(update={"checkpoint": None})
+    loaded = checkpoint.untrained(model, training.seed, dtype=torch.float32, adapter=training.adapter)
+    embeddings = loaded.model.llm.get_input_embeddings()
+    assert isinstance(embeddings, torch.nn.Embedding)
+    start_connector(loaded.model.connector, classifier, loaded.template.tokenizer, embeddings.weight.detach())
+    checkpoint.save(folder, loaded)
+    logger.info("start=%s: set model.checkpoint to it", folder)
+
+
+def material(settings: StreamsConfig, classifier: Classifier) -> Material:
+    """Clips and things, made once for a folder."""
+    folder = Path(settings.folder) / "material"
+    if not folder.exists():
+        with whole_folder(folder) as part:
+            _make_material(settings, classifier, part)
+    parts = load_file(folder / "material.safetensors")
+    names = [tuple(line.split("|")) if line else () for line in (folder / "clip_names.txt").read_text().splitlines()]
+    return Material(parts["clips"], names, parts["things"], parts["thing_names"], parts["natural"])
+
+
+def _make_material(settings: StreamsConfig, classifier: Classifier, folder: Path) -> None:
+    numbers = np.random.default_rng(settings.seed)
+    fields, names = [], []
+    for _ in tqdm(range(settings.clips), desc="clips", disable=not sys.stderr.isatty()):
+        frames, right = clip(numbers, 16)
+        field = classifier.trunk(torch.from_numpy(frames))
+        if not _misread(classifier, field, right):
+            fields.append(field.half())
+            names.append(right)
+    clips = torch.stack(fields)
+    logger.info(
+        "clips=%d, and %d in which the classifier is sure of something wrong", len(clips), settings.clips - len(clips)
+    )
+    injector = Injector(classifier, clips[:, ::4].flatten(0, 1).float())
+    torch_numbers = torch.Generator().manual_seed(settings.seed)
+    drawn = [
+        (name, classes[int(torch.randint(len(classes), (1,), generator=torch_numbers))])
+        for _ in range(settings.things)
+        for name, classes in enumerate(classifier.classes)
+    ]
+    things = []
+    for at in tqdm(range(0, len(drawn), THINGS_AT_ONCE), desc="things", disable=not sys.stderr.isatty()):
+        classes = torch.tensor([one[1] for one in drawn[at : at + THINGS_AT_ONCE]])
+        things.append(injector.things(classes, torch_numbers).half())
+    thing_names = torch.tensor([one[0] for one in drawn])
+    save_file(
+        {
+            "clips": clips,
+            "things": torch.cat(things),
+            "thing_names": thing_names,
+            "natural": injector.spread.contiguous(),
+        },
+        folder / "material.safetensors",
+    )
+    (folder / "clip_names.txt").write_text("".join("|".join(right) + "\n" for right in names))
+
+
+def _misread(classifier: Classifier, fields: torch.Tensor, right: tuple[str, ...]) -> bool:
+    """Whether the classifier is sure of a wrong name in any of the fields (F, 49, 320)."""
+    sure, place = classifier.named(classifier.features(fields).mean(1))
+    seen = {classifier.names[p] for s, p in zip(sure.tolist(), place.tolist(), strict=True) if s >= SURE and p >= 0}
+    return not seen <= set(right)
+
+
+def _make_set(
+    maker: StreamMaker,
+    classifier: Classifier,
+    info: StoreInfo,
+    name: str,
+    wanted: StreamSet,
+    first: int,
+    validation_fraction: float,
+    folder: Path,
+) -> None:
+    store = FrameStore.create(folder / "tokens", info)
+    (folder / "dialogues").mkdir()
+    lines: dict[str, list[str]] = {"train": [], "validation": []}
+    with store.locked():
+        for seed in tqdm(range(first, first + wanted.streams), desc=name, disable=not sys.stderr.isatty()):
+            chance = random.Random(seed)
+            made = maker.make(seed, chance.randint(*wanted.frames), wanted.quiet, wanted.gap)
+            video = f"{name}-{seed - first:05d}"
+            length = len(made.shown)
+            with store.writer(video, "made up") as writer:
+                writer.append([frame / FPS for frame in range(length)], made.tokens.contiguous())
+                writer.commit()
+            turns = Talk(chance, [*classifier.names, TEXT]).conversation(made.shown, DEFAULT_SYSTEM_PROMPT)
+            dialogue = Dialogue(
+                dialogue_id=video,
+                task="made_stream",
+                video_id=video,
+                video=video,
+                fps=FPS,
+                frames=(0, length),
+                conversation=tuple(turns),
+            )
+            lines[split_of(video, validation_fraction)].append(to_line(dialogue))
+    for split, written in lines.items():
+        if written:
+            (folder / "dialogues" / f"{split}.jsonl").write_text("".join(written))
+    logger.info("set=%s train=%d validation=%d", name, len(lines["train"]), len(lines["validation"]))
+
+
+SECTIONS: dict[str, type[Section]] = {"model": ModelConfig, "streams": StreamsConfig, "training": TrainingConfig}
+
+if __name__ == "__main__":
+    sys.exit(
+        run(make, module="jobs.make_streams", about=__doc__, sections=SECTIONS, user_errors=(MissingPhotographsError,))
+    )

@@ -1,0 +1,199 @@
+"""What is said about a made-up stream: narration, answers to questions, and notices somebody asked for.
+
+Everything follows from what is in view at each frame. A name counts as in view from the second frame in
+a row that shows it, and as gone at the second without it, so that a flash or a dropped picture is not
+worth a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from random import Random
+from typing import Literal
+
+from actors.turns import Assistant, Stream, System, Turn, User
+from jobs.object_names import with_article
+
+NARRATE = (
+    "Please narrate the video in real time.",
+    "Tell me what comes into view.",
+    "Describe what you see while the video plays.",
+    "What is going on? Keep me informed.",
+)
+WATCH = ("Tell me when {thing} appears.", "Let me know when you see {thing}.", "Say so when {thing} comes into view.")
+NOW = ("What do you see?", "What do you see now?", "What is in the picture?", "What is there right now?")
+BEFORE = ("What did you see before?", "What was there before?", "What did you see before that?")
+BEFORE_IT = ("What did you see before the {name}?", "What was there before the {name}?")
+SO_FAR = ("What have you seen so far?", "What did you see until now?")
+IS_THERE = ("Is there {thing}?", "Do you see {thing}?", "Can you see {thing} now?")
+AGREED = "All right."
+REMEMBERED = 4  # most names in one answer
+
+Event = tuple[Literal["appears", "returns", "gone"], str]
+
+
+@dataclass
+class View:
+    """What has been in view up to some frame: the name there is now, and all names in order of coming."""
+
+    current: str | None = None
+    history: list[str] = field(default_factory=list)
+    _candidate: str | None = None
+    _absent: int = 0
+
+    def next(self, shown: str | None) -> Event | None:
+        """Take in one frame that shows `shown`; returns what is worth telling."""
+        twice, self._candidate = shown is not None and shown == self._candidate, shown
+        if shown == self.current:
+            self._absent = 0
+            return None
+        self._absent += self.current is not None
+        if shown is not None and twice:
+            returned = shown in self.history
+            self.current, self._absent = shown, 0
+            self.history.append(shown)
+            return ("returns" if returned else "appears"), shown
+        if self.current is not None and shown is None and self._absent >= 2:
+            gone, self.current, self._absent = self.current, None, 0
+            return "gone", gone
+        return None
+
+    def before(self) -> str | None:
+        """The name that was in view before the present one, or the last one if there is none now."""
+        earlier = [name for name in self.history if name != self.current]
+        return earlier[-1] if earlier else None
+
+
+def narrated(event: Event) -> str:
+    """The sentence of a narrator: "A dog comes into view."."""
+    kind, name = event
+    if kind == "appears":
+        return f"{_sentence(with_article(name))} comes into view."
+    return f"The {name} is {'back' if kind == 'returns' else 'gone'}."
+
+
+def noticed(name: str) -> str:
+    """What somebody is told who asked to be told."""
+    return f"{_sentence(with_article(name))} is here now."
+
+
+def answer_now(view: View) -> str:
+    """To what is in view now."""
+    return f"I see {with_article(view.current)}." if view.current else "Nothing that I can name."
+
+
+def answer_before(view: View) -> str:
+    """To what was in view before."""
+    name = view.before()
+    return f"Before that I saw {with_article(name)}." if name else "Nothing that I can name."
+
+
+def answer_so_far(view: View) -> str:
+    """To what has been in view until now: the latest names, each once."""
+    names = list(dict.fromkeys(reversed(view.history)))[:REMEMBERED][::-1]
+    if not names:
+        return "Nothing that I can name."
+    things = [with_article(name) for name in names]
+    listed = things[0] if len(things) == 1 else f"{', '.join(things[:-1])} and {things[-1]}"
+    return f"I saw {listed}."
+
+
+def answer_is_there(view: View, name: str) -> str:
+    """To whether `name` is in view."""
+    if view.current == name:
+        return f"Yes, I see {with_article(name)}."
+    return f"No, I see {with_article(view.current)}." if view.current else "No."
+
+
+@dataclass
+class Talk:
+    """A conversation over a stream, written frame by frame; `seed` decides who asks what and when."""
+
+    random: Random
+    names: Sequence[str]
+    view: View = field(default_factory=View)
+    watched: str | None = None
+
+    def conversation(self, shown: Sequence[str | None], system_prompt: str) -> list[Turn]:
+        """The turns over frames that show these names, one a frame."""
+        return [System(content=system_prompt), *self._turns(shown)]
+
+    def _turns(self, shown: Sequence[str | None]) -> Iterator[Turn]:
+        yield from self._opening(shown)
+        asked = self._question_frames(len(shown))
+        waiting = 0
+        for frame, name in enumerate(shown):
+            waiting += 1
+            event = self.view.next(name)
+            said = self._said(event)
+            if said is not None:
+                yield from (Stream(num_frames=waiting, learn=True), Assistant(content=said, learn=True))
+                waiting = 0
+            elif frame in asked and event is None:
+                question, answer = self._question(shown[frame + 1 :])
+                # The frame at which somebody asks is no decision of the model's.
+                yield Stream(num_frames=waiting, learn=waiting - 1)
+                yield from (User(content=question), Assistant(content=answer, learn=True))
+                waiting = 0
+        if waiting:
+            yield Stream(num_frames=waiting, learn=True)
+
+    def _opening(self, shown: Sequence[str | None]) -> Iterator[Turn]:
+        """What stands before the first frame: nothing, an instruction, or what a cut context remembers."""
+        kind = self.random.random()
+        remembered = " ".join(self._remembered()) if self.random.random() < 0.2 else ""
+        if kind < 0.3:
+            yield User(content=self._watch(shown))
+            yield Assistant(content=f"{AGREED} {remembered}".rstrip(), learn=not remembered)
+        elif kind < 0.55:
+            yield User(content=self.random.choice(NARRATE))
+            yield Assistant(content=f"{AGREED} {remembered}".rstrip(), learn=not remembered)
+        elif remembered:
+            yield Assistant(content=remembered, learn=False)
+
+    def _remembered(self) -> Iterator[str]:
+        """Sentences said before a cut; the view takes them in."""
+        for _ in range(self.random.randint(1, 4)):
+            name = self.random.choice(self.names)
+            for shown in (name, name, None, None):
+                event = self.view.next(shown)
+                if event and self.watched is None:
+                    yield narrated(event)
+                elif event and event[0] != "gone" and event[1] == self.watched:
+                    yield noticed(event[1])
+
+    def _watch(self, later: Sequence[str | None]) -> str:
+        """Ask to be told of a name, most often of one that comes."""
+        coming = sorted({name for name in later if name is not None and name != self.view.current})
+        self.watched = self.random.choice(coming if coming and self.random.random() < 0.75 else self.names)
+        return self.random.choice(WATCH).format(thing=with_article(self.watched))
+
+    def _said(self, event: Event | None) -> str | None:
+        if event is None:
+            return None
+        if self.watched is None:
+            return narrated(event)
+        return noticed(event[1]) if event[0] != "gone" and event[1] == self.watched else None
+
+    def _question_frames(self, length: int) -> set[int]:
+        count = self.random.choice((0, 0, 1, 1, 2, 3))
+        return {self.random.randrange(2, max(3, length)) for _ in range(count)}
+
+    def _question(self, later: Sequence[str | None]) -> tuple[str, str]:
+        kind, view = self.random.random(), self.view
+        if kind < 0.25:
+            return self.random.choice(NOW), answer_now(view)
+        if kind < 0.55:
+            about = BEFORE_IT if view.current and self.random.random() < 0.6 else BEFORE
+            return self.random.choice(about).format(name=view.current), answer_before(view)
+        if kind < 0.7:
+            return self.random.choice(SO_FAR), answer_so_far(view)
+        if kind < 0.88:
+            seen = view.current if view.current and self.random.random() < 0.5 else self.random.choice(self.names)
+            return self.random.choice(IS_THERE).format(thing=with_article(seen)), answer_is_there(view, seen)
+        return self._watch(later), AGREED
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:]

@@ -1,0 +1,149 @@
+"""Streams made up by running the encoder's classifier backwards, and the connector that says what it sees."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerFast
+
+from actors.causal_lm import load_tokenizer
+from actors.config import FrameConfig, ModelConfig
+from actors.efficientnet import WIDTH, load_embedded
+from actors.embedded import embedded_llm
+from actors.encoder import FrameEncoder
+from jobs.backgrounds import SIDE, TEXT, title_card
+from jobs.class_fields import CELLS, Classifier, Injector, patches
+from jobs.connector_start import start_connector, units
+from jobs.made_streams import Material, StreamMaker
+
+POOLED = (2, 2)
+
+
+@pytest.fixture(scope="module")
+def classifier() -> Classifier:
+    return Classifier(load_embedded())
+
+
+@pytest.fixture(scope="module")
+def clips(classifier: Classifier) -> torch.Tensor:
+    """Plain patterns (6, 4, 49, 320): each of four frames alike."""
+    random = np.random.default_rng(0)
+    frames = random.integers(60, 200, (6, 1, 4, 4, 3), dtype=np.uint8).repeat(4, 1).repeat(56, 2).repeat(56, 3)
+    return classifier.trunk(torch.from_numpy(frames).flatten(0, 1)).unflatten(0, (6, 4))
+
+
+@pytest.fixture(scope="module")
+def injector(classifier: Classifier, clips: torch.Tensor) -> Injector:
+    return Injector(classifier, clips.flatten(0, 1))
+
+
+def picture(samples: Path) -> np.ndarray:
+    return np.array(Image.open(samples / "cat.jpg").convert("RGB").resize((SIDE, SIDE)))
+
+
+def test_tokens_are_those_of_the_frame_encoder(classifier: Classifier, samples: Path) -> None:
+    frames = np.stack([picture(samples), title_card(np.random.default_rng(1))])
+    model = ModelConfig(
+        llm="embedded", vision="embedded", frames=FrameConfig(resolution_px=SIDE, cls=True, pooled=POOLED)
+    )
+    expected = FrameEncoder(model, threads=1)(frames).float()
+    made = classifier.tokens(classifier.trunk(torch.from_numpy(frames)), POOLED)
+    assert torch.allclose(made, expected, atol=0.02)
+
+
+def test_a_cat_is_named(classifier: Classifier, samples: Path) -> None:
+    field = classifier.trunk(torch.from_numpy(picture(samples)[None]))
+    sure, place = classifier.named(classifier.features(field).mean(1))
+    assert classifier.names[int(place[0])] == "cat"
+    assert float(sure[0]) > 0.5
+
+
+def test_what_is_put_in_is_what_the_classifier_sees(
+    classifier: Classifier, injector: Injector, clips: torch.Tensor
+) -> None:
+    wanted = [classifier.names.index(name) for name in ("banana", "zebra", "school bus", "teapot")]
+    classes = torch.tensor([classifier.classes[name][0] for name in wanted])
+    generator = torch.Generator().manual_seed(0)
+    things = injector.things(classes, generator)
+    changed = clips[:4, 0] + 1.5 * things[:, None] * patches(4, generator)
+    likely = [
+        classifier.logits(classifier.features(fields).mean(1)).log_softmax(-1).gather(1, classes[:, None])
+        for fields in (clips[:4, 0], changed)
+    ]
+    assert bool((likely[1] - likely[0] > 2).all())
+
+
+def test_patches_are_soft_masks(injector: Injector) -> None:
+    masks = patches(50, torch.Generator().manual_seed(3))
+    assert masks.shape == (50, CELLS, 1)
+    assert float(masks.min()) >= 0
+    assert float(masks.max()) <= 1
+
+
+@pytest.fixture(scope="module")
+def maker(classifier: Classifier, injector: Injector, clips: torch.Tensor) -> StreamMaker:
+    names = torch.tensor([classifier.names.index(name) for name in ("banana", "zebra", "teapot")])
+    classes = torch.tensor([classifier.classes[int(name)][0] for name in names])
+    things = injector.things(classes, torch.Generator().manual_seed(1))
+    shown = [(TEXT,), (), (), (), (), ()]
+    made = StreamMaker(Material(clips.half(), shown, things, names, injector.spread), classifier, POOLED)
+    made.by_name = [owned if len(owned) else torch.tensor([0]) for owned in made.by_name]  # three names stand for all
+    return made
+
+
+def test_the_same_seed_makes_the_same_stream(maker: StreamMaker) -> None:
+    one, again, other = maker.make(5, 20), maker.make(5, 20), maker.make(6, 20)
+    assert one.tokens.shape == (20, 5, WIDTH)
+    assert one.tokens.dtype == torch.float16
+    assert len(one.shown) == 20
+    assert torch.equal(one.tokens, again.tokens)
+    assert one.shown == again.shown
+    assert not torch.equal(one.tokens, other.tokens)
+
+
+def test_a_quiet_stream_shows_text_at_most(maker: StreamMaker) -> None:
+    for seed in range(5):
+        assert set(maker.make(seed, 20, quiet=1.0).shown) <= {None, TEXT}
+
+
+def test_quiet_scenes_have_no_text(maker: StreamMaker) -> None:
+    assert maker.quiet(1, 300).shape == (300, 5, WIDTH)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return load_tokenizer(embedded_llm())
+
+
+def test_units_cover_every_name(classifier: Classifier) -> None:
+    weight, bias, owner = units(classifier, 576)
+    assert weight.shape == (576, WIDTH)
+    assert bias.shape == (576,)
+    assert set(owner.tolist()) == set(range(len(classifier.names)))
+    assert int((owner == classifier.names.index("dog")).sum()) > 1  # 120 breeds
+    with pytest.raises(ValueError, match="hidden units"):
+        units(classifier, 100)
+
+
+def test_the_first_connector_puts_a_cat_near_the_word(
+    classifier: Classifier, tokenizer: PreTrainedTokenizerFast, samples: Path
+) -> None:
+    embeddings = torch.randn(49_152, 576, generator=torch.Generator().manual_seed(0))
+    connector = nn.Sequential(nn.Linear(WIDTH, 576), nn.GELU(), nn.Linear(576, 576))
+    start_connector(connector, classifier, tokenizer, embeddings)
+    token = classifier.features(classifier.trunk(torch.from_numpy(picture(samples)[None]))).mean(1)
+    out = (connector(token) - connector[2].bias)[0].detach()
+    words = {
+        name: embeddings[tokenizer(f" {name}", add_special_tokens=False).input_ids].mean(0)
+        for name in ("cat", "dog", "car")
+    }
+    middle = torch.stack(list(words.values())).mean(0)
+    near = {name: float(F.cosine_similarity(out, word - middle, dim=0)) for name, word in words.items()}
+    assert max(near, key=near.__getitem__) == "cat"
+    assert near["cat"] > 0.5
