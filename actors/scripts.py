@@ -273,6 +273,16 @@ EXPIRED = """
 return redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now(), 'LIMIT', ARGV[1], ARGV[2])
 """
 
+# KEYS leases, frames, bulk frames -> sessions that nobody holds, age in ms of the oldest frame that is not encoded
+LOAD = """
+local time, age = now(), 0
+for i = 2, 3 do
+  local oldest = redis.call('XRANGE', KEYS[i], '-', '+', 'COUNT', 1)
+  if oldest[1] then age = math.max(age, time - string.match(oldest[1][1], '%d+')) end
+end
+return {redis.call('ZCOUNT', KEYS[1], '-inf', time), age}
+"""
+
 # KEYS meta, leases; ARGV session, token, owner, fingerprint, lease -> epoch; 0 not to be had, -1 no session any more
 CLAIM = """
 local meta = redis.call('HMGET', KEYS[1], 'state', 'fingerprint', 'epoch', 'claim')

@@ -16,6 +16,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import ray
@@ -26,7 +27,8 @@ from ray.serve import Application, Deployment
 from actors.bus import Bus, BusConfig, BusError
 from actors.config import Config, ConfigError, load_config
 from actors.redis_server import RedisServer, RedisServerError
-from serve import cluster
+from serve import cluster, proxy
+from serve.autoscaling import EncoderPolicy, LLMPolicy, ScalingConfig
 from serve.deployments import EncoderReplica, GatewayReplica, LLMReplica, RedisReplica
 from serve.gateway import ServeConfig
 from serve.keys import API_KEY_VARIABLE, API_KEYS_FILE_VARIABLE, ApiKeys, KeysError, is_loopback
@@ -40,6 +42,7 @@ APPLICATION = "videollm"
 MANY_REQUESTS = 1 << 20  # a WebSocket holds one request slot for its life: the gateway's own limits come first
 CONSTRUCTOR_TRIES = 2  # a wrong setting stays wrong: Serve's default of 20 tries takes minutes to say so
 HEALTH_CHECK_PERIOD_S = 2  # a dead loop must not go unnoticed for Serve's default of 10 s
+METRICS_S = 1.0  # how often replicas tell what autoscaling goes by
 FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
 UNUSED_PORTS = range(20_000, 32_000)  # above those of Ray's workers, below those the system hands out
 REPOSITORY = Path(__file__).parents[1]
@@ -72,9 +75,17 @@ def assemble(config: Config, redis: str | None) -> Application:
     """Gateway in front of encoder and LLM, each a deployment of its own with processes of its own."""
     settings = config.section("serve", ServeConfig)
     address = redis or _deployment("redis", settings)(RedisReplica).bind()
-    encoder = _deployment("encoder", settings, settings.encoders, settings.encoder_cpus, settings.encoder_gpus)
-    llm = _deployment("llm", settings, settings.llms, settings.llm_cpus, settings.llm_gpus)
-    gateway = _deployment("gateway", settings, settings.gateways, settings.gateway_cpus)
+    encoder = _deployment(
+        "encoder",
+        settings,
+        Replicas(settings.encoders, settings.max_encoders, EncoderPolicy),
+        settings.encoder_cpus,
+        settings.encoder_gpus,
+    )
+    llm = _deployment(
+        "llm", settings, Replicas(settings.llms, settings.max_llms, LLMPolicy), settings.llm_cpus, settings.llm_gpus
+    )
+    gateway = _deployment("gateway", settings, Replicas(settings.gateways), settings.gateway_cpus)
     return gateway(GatewayReplica).bind(
         config,
         address,
@@ -83,12 +94,40 @@ def assemble(config: Config, redis: str | None) -> Application:
     )
 
 
+@dataclass(frozen=True)
+class Replicas:
+    """How many of a deployment: a number, or as many as `policy` wants between two."""
+
+    least: int = 1
+    most: int | None = None
+    policy: type | None = None
+
+    def autoscaling(self, scaling: ScalingConfig) -> dict[str, object] | None:
+        """As Serve's setting; None for a fixed number."""
+        if self.most is None or self.policy is None:
+            return None
+        policy = f"{self.policy.__module__}:{self.policy.__qualname__}"
+        return {
+            "min_replicas": self.least,
+            "max_replicas": max(self.least, self.most),
+            "initial_replicas": self.least,
+            "upscale_delay_s": scaling.upscale_delay_s,
+            "downscale_delay_s": scaling.downscale_delay_s,
+            "metrics_interval_s": METRICS_S,
+            "look_back_period_s": 2 * METRICS_S,
+            "policy": {"policy_function": policy, "policy_kwargs": scaling.model_dump()},
+        }
+
+
 def _deployment(
-    name: str, settings: ServeConfig, replicas: int = 1, num_cpus: float = 0, num_gpus: float = 0
+    name: str, settings: ServeConfig, replicas: Replicas | None = None, num_cpus: float = 0, num_gpus: float = 0
 ) -> Callable[[type], Deployment]:
+    replicas = replicas or Replicas()
+    autoscaling = replicas.autoscaling(settings.scaling)
     return ray_serve.deployment(
         name=name,
-        num_replicas=replicas,
+        num_replicas=None if autoscaling else replicas.least,
+        autoscaling_config=autoscaling,
         max_ongoing_requests=MANY_REQUESTS,
         max_constructor_retry_count=CONSTRUCTOR_TRIES,
         graceful_shutdown_timeout_s=settings.shutdown_timeout_s,
@@ -107,7 +146,7 @@ def redis_url(config: Config) -> str | None:
 def running(config: Config, log_to_driver: bool = False) -> Iterator[str]:
     """Everything up, as a base URL; everything down afterwards. Raises StartError."""
     settings = config.section("serve", ServeConfig)
-    config.section("limits", LimitsConfig)
+    limits = config.section("limits", LimitsConfig)
     config.section("sources", SourcesConfig)
     if not ApiKeys.from_environment() and not is_loopback(settings.host):
         raise StartError(
@@ -115,6 +154,8 @@ def running(config: Config, log_to_driver: bool = False) -> Iterator[str]:
             f"clients must send, or {API_KEYS_FILE_VARIABLE} to a file of them, or keep to 127.0.0.1"
         )
     port = _free_port(settings.host, settings.port)
+    os.environ.setdefault(proxy.VARIABLE, proxy.IMPORT_PATH)
+    os.environ.setdefault(proxy.SEND_S_VARIABLE, str(limits.send_s))
     end_at_once_on_signal()
     with ExitStack() as stack:
         redis = redis_url(config) or stack.enter_context(RedisServer())
@@ -141,8 +182,8 @@ def _cpus(settings: ServeConfig) -> int:
     """Logical CPUs of our own cluster: those of the machine, more where the replicas would not fit."""
     reserved = (
         settings.gateways * settings.gateway_cpus
-        + settings.encoders * settings.encoder_cpus
-        + settings.llms * settings.llm_cpus
+        + max(settings.encoders, settings.max_encoders or 0) * settings.encoder_cpus
+        + max(settings.llms, settings.max_llms or 0) * settings.llm_cpus
     )
     return max(os.cpu_count() or 1, math.ceil(reserved))
 
@@ -180,12 +221,13 @@ def _last_line(text: str) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Keep the application up until Ctrl-C or SIGTERM. Exit status 1 when it cannot start."""
     parser = argparse.ArgumentParser(prog="python -m serve.app", description="Serve a model until Ctrl-C.")
-    parser.add_argument("config", nargs="?", default=str(REPOSITORY / "configs/embedded.yaml"))
+    parser.add_argument("config", nargs="?", help="settings file (default: configs/embedded.yaml)")
     parser.add_argument("overrides", nargs="*", help="section.key=value")
+    parser.add_argument("--checkpoint", help="a folder or a hub name, whose settings replace those of the model")
     options = parser.parse_args(arguments)
     end_at_once_on_signal()
     try:
-        with running(load_config(options.config, options.overrides), log_to_driver=True) as url:
+        with running(_asked_for(options), log_to_driver=True) as url:
             print(f"ready: {url} (WebSocket {url.replace('http', 'ws', 1)}/v1/realtime); Ctrl-C ends it", flush=True)
             asyncio.run(interruptible(asyncio.Event().wait()))
     except Stopped as stopped:
@@ -194,6 +236,19 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _asked_for(options: argparse.Namespace) -> Config:
+    """The settings of a command line. Raises ConfigError, and StartError for a checkpoint that cannot be served."""
+    config = load_config(options.config or REPOSITORY / "configs/embedded.yaml", options.overrides)
+    if options.checkpoint is None:
+        return config
+    from serve.checkpoints import serving  # imports torch, which a program without a checkpoint does not need
+
+    try:
+        return serving(config, options.checkpoint, chosen=options.config is not None)
+    except ValueError as error:
+        raise StartError(str(error)) from None
 
 
 if __name__ == "__main__":

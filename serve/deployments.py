@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from typing import Protocol
 
 import ray
@@ -19,8 +20,9 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from actors.bus import Bus, BusConfig
+from actors.bus import Bus, BusConfig, BusError
 from actors.config import Config
+from actors.load import Load, measure
 from actors.messages import SessionSettings
 from actors.redis_server import RedisServer
 from serve.api import build_api
@@ -56,6 +58,14 @@ class WorkerReplica:
         self.bus = bus
         self._loop = asyncio.create_task(worker.run())
 
+    async def load(self) -> Load:
+        """What waits on the bus, as every replica sees it."""
+        try:
+            return await measure(self.bus)
+        except BusError as error:
+            log.warning("load not measured: %s", error)
+            return Load(0, 0.0)
+
     async def check_health(self) -> None:
         if self._loop.done():
             raise RuntimeError(f"the loop of {type(self.worker).__name__} has ended") from self._loop.exception()
@@ -77,7 +87,16 @@ class EncoderReplica(WorkerReplica):
         bus = await connect(config, redis)
         worker = await asyncio.to_thread(build_encoder_worker, config, bus, name)
         self.features_value = worker.encoder.fingerprint
+        self._encoder = worker
+        self._seen = (time.monotonic(), 0.0)
         self.start(worker, bus)
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """For autoscaling.py: the age of the oldest waiting frame, and the share of time spent encoding."""
+        (before, encoded_before_s), self._seen = self._seen, (time.monotonic(), self._encoder.counts.encode_s)
+        now, encoded_s = self._seen
+        busy = (encoded_s - encoded_before_s) / max(now - before, 1e-3)
+        return {"oldest_frame_s": (await self.load()).oldest_frame_s, "busy": busy}
 
     async def features(self) -> str:
         """Which encoder the frame tokens come from."""
@@ -96,7 +115,19 @@ class LLMReplica(WorkerReplica):
         self.fingerprint_value = worker.fingerprint
         self.features_value = worker.features
         self.threshold_value = worker.threshold
+        self._llm = worker
         self.start(worker, bus)
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """For autoscaling.py: KV memory in use, sessions here and room for more, what waits here and on the bus."""
+        use, held = self._llm.engine.kv_use, list(self._llm.held.values())
+        return {
+            "kv_use": use.reserved / use.total if use.total else 0.0,
+            "room": self._llm.engine.room,
+            "sessions": len(held),
+            "waiting_frames": sum(one.session.waiting_frames for one in held),
+            "waiting_sessions": (await self.load()).waiting_sessions,
+        }
 
     async def fingerprint(self) -> str:
         """What sessions must be opened for so that this model takes them."""
@@ -139,6 +170,17 @@ class GatewayReplica:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_api(self._gateway, self._model.frames.resolution_px, ApiKeys.from_environment(), self._sources)
+
+    async def drain(self, notice_s: float | None) -> None:
+        """Let all gateways that run now send their clients away after a notice; None calls it off (drain.py)."""
+        if notice_s is None:
+            await self._bus.stop_draining()
+        else:
+            await self._bus.drain(notice_s)
+
+    async def connected(self) -> int:
+        """Connections of all gateways that were told to let theirs go."""
+        return await self._gateway.draining_connections()
 
     async def __del__(self) -> None:
         if hasattr(self, "_bus"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -20,6 +20,7 @@ from actors.config import Section
 from actors.messages import SessionSettings
 from actors.meters import gauge
 from actors.replicas import ReplicaReport, Reporter
+from serve.autoscaling import ScalingConfig
 from serve.client_events import ClientError
 from serve.conversation import Conversation
 from serve.counts import Counts
@@ -41,7 +42,9 @@ class ServeConfig(Section):
 
     `num_cpus` of a deployment is what Ray reserves for one replica, not what it may use: threads
     are set by the sections of encoder and engine. `max_live_frames` of a session are undecided at most
-    where the newest frame wins, `max_waiting_frames` wait in the gateway where none is dropped.
+    where the newest frame wins, `max_waiting_frames` wait in the gateway where none is dropped. With
+    `max_encoders` or `max_llms` their number follows the load (`scaling`), from `encoders` and `llms` up.
+    `prompt` is asked for a client that wants a response without having asked anything.
     """
 
     host: str = "127.0.0.1"
@@ -49,6 +52,9 @@ class ServeConfig(Section):
     gateways: int = Field(default=1, ge=1)
     encoders: int = Field(default=1, ge=1)
     llms: int = Field(default=1, ge=1)
+    max_encoders: int | None = Field(default=None, ge=1)
+    max_llms: int | None = Field(default=None, ge=1)
+    scaling: ScalingConfig = ScalingConfig()
     gateway_cpus: float = Field(default=0.2, ge=0)
     encoder_cpus: float = Field(default=0.6, ge=0)
     llm_cpus: float = Field(default=1.0, ge=0)
@@ -82,7 +88,7 @@ class Gateway:
     """All sessions of one gateway replica.
 
     `defaults` is what a session has until its client says otherwise. `name` is the replica's in its
-    reports, `reporter` makes them.
+    reports, `reporter` makes them, and `streams` says which sources it reads (streams.py).
     """
 
     def __init__(
@@ -106,6 +112,7 @@ class Gateway:
         self.reporter = Reporter(
             bus, "gateway", name or f"gateway-{bus.name}", fingerprint, self._stats, self.meters.registry
         )
+        self.streams: Callable[[], list[dict[str, object]]] = list
         self.closes_in: float | None = None
         self.closing = asyncio.Event()
         self._conversations: set[Conversation] = set()
@@ -173,6 +180,8 @@ class Gateway:
             "sessions": len(self._conversations),
             "uptime_s": round(time.monotonic() - self.started, 1),
             "frames": self.totals.statistics().model_dump(),
+            "streams": self.streams(),
+            "draining": self.closes_in is not None,
         }
 
     def _figures(self) -> list[Metric]:
@@ -182,6 +191,11 @@ class Gateway:
             gauge("frames_behind_live", "Frames that came and are not decided, of all sessions", sum(behind)),
             gauge("frames_behind_live_max", "The same of the session that is furthest behind", max(behind, default=0)),
         ]
+
+    async def draining_connections(self) -> int:
+        """Sessions that gateways still show which were told to let their clients go, as they reported last."""
+        gateways = [report.stats for report in await self.reports() if report.role == "gateway"]
+        return sum(int(str(stats["sessions"])) for stats in gateways if stats.get("draining") is not False)
 
     async def free_place(self, conversation: Conversation) -> None:
         """The session is over, or was never begun."""
