@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, WebSocket
 
-from serve import chat, errors, health, schema, videos
+from serve import chat, errors, health, schema, streams, videos
 from serve.access import Client, TheGateway
 from serve.bodies import RequestGuard
 from serve.chat_request import ChatRequest
@@ -31,6 +31,7 @@ def build_api(gateway: Gateway, resolution_px: int, keys: ApiKeys, sources: Sour
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         async with gateway.reporter.running():
             yield
+        await streamed.close()
         await gateway.close()
 
     api = FastAPI(
@@ -44,9 +45,10 @@ def build_api(gateway: Gateway, resolution_px: int, keys: ApiKeys, sources: Sour
     api.state.resolution_px = resolution_px
     api.state.slots = videos.Slots(gateway.limits.recordings)
     api.state.guard = UrlGuard(sources or SourcesConfig())
+    streamed = api.state.streams = streams.Streams(gateway, api.state.guard, resolution_px)
     api.add_middleware(RequestGuard, gateway=gateway)
     errors.install(api)
-    for router in (health.open_router, health.router, schema.router, videos.router, chat.router):
+    for router in (health.open_router, health.router, schema.router, videos.router, chat.router, streams.router):
         api.include_router(router)
 
     @api.websocket("/v1/realtime")

@@ -1,0 +1,225 @@
+"""Sources that the server reads: files, an HTTP server that hiccups, and whatever clients do with them."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+
+import httpx
+import pytest
+from application import application, running
+from test_chat_completions import make_clip
+from test_url_guard import Server
+
+from serve.server_events import AnyServerEvent, ErrorEvent, FrameDecided, ItemAdded, SessionEnded, TextDone, parse_event
+
+DEADLINE_S = 60
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("videos")
+    make_clip(folder / "clip.mp4", 30)
+    make_clip(folder / "long.mp4", 300)
+    (folder / "words.mp4").write_text("just words")
+    (folder / "list.m3u8").write_text("#EXTM3U\n#EXTINF:1,\n/etc/passwd\n")
+    (folder / "list.ffconcat").write_text("ffconcat version 1.0\nfile /etc/passwd\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def url(tiny: dict[str, object], redis_url: str, videos: Path) -> Iterator[str]:
+    with application(tiny, redis_url, folders=[str(videos)], streams=2) as address:
+        yield address
+
+
+def start(url: str, source: object, live: bool = False, **session: object) -> httpx.Response:
+    settings = {"include": ["frame_decided"], "max_output_tokens": 2, **session}
+    return httpx.post(f"{url}/v1/streams", json={"source": str(source), "live": live, "session": settings}, timeout=30)
+
+
+def events(url: str, stream_id: str, last: str | None = None) -> list[tuple[str | None, AnyServerEvent]]:
+    """Ids and events to the end of the stream."""
+    headers = {} if last is None else {"Last-Event-ID": last}
+    found: list[tuple[str | None, AnyServerEvent]] = []
+    with httpx.stream("GET", f"{url}/v1/streams/{stream_id}/events", headers=headers, timeout=DEADLINE_S) as answer:
+        answer.raise_for_status()
+        event_id = None
+        for line in answer.iter_lines():
+            if line.startswith("id: "):
+                event_id = line[4:]
+            elif line.startswith("data: "):
+                found.append((event_id, parse_event(line[6:])))
+                event_id = None
+    return found
+
+
+def until(url: str, stream_id: str, status: str) -> dict[str, object]:
+    """The stream once it has that status. Fails after a minute."""
+    deadline = time.monotonic() + DEADLINE_S
+    while (stream := httpx.get(f"{url}/v1/streams/{stream_id}").json())["status"] != status:
+        assert time.monotonic() < deadline, stream
+    return stream
+
+
+def test_a_file_is_watched_to_its_end_and_told_again_to_who_comes_later(url: str, videos: Path) -> None:
+    made = start(url, videos / "clip.mp4")
+    assert made.status_code == 201, made.text
+    stream = made.json()
+    assert (stream["object"], stream["source"], stream["status"]) == ("stream", "clip.mp4", "running")
+    told = events(url, stream["id"])
+    decided = [event.video_time for _, event in told if isinstance(event, FrameDecided)]
+    assert decided == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5]
+    ended = told[-1][1]
+    assert isinstance(ended, SessionEnded)
+    assert ended.frames.received == 6
+    assert until(url, stream["id"], "ended")["error"] is None
+    assert [event for _, event in events(url, stream["id"])] == [event for _, event in told]
+
+
+def test_last_event_id_goes_on_behind_that_event(url: str, videos: Path) -> None:
+    stream_id = start(url, videos / "clip.mp4").json()["id"]
+    told = events(url, stream_id)
+    ids = [event_id for event_id, _ in told if event_id is not None]
+    assert ids == sorted(ids, key=int)
+    middle = ids[len(ids) // 2]
+    behind = next(index for index, (event_id, _) in enumerate(told) if event_id == middle)
+    assert events(url, stream_id, middle) == told[behind + 1 :]
+    for wrong in ("x", "-1", "999999"):
+        answer = httpx.get(f"{url}/v1/streams/{stream_id}/events", headers={"Last-Event-ID": wrong})
+        assert answer.status_code == 422
+        assert answer.json()["error"]["code"] == "bad_position"
+
+
+def test_questions_are_answered_among_the_events(url: str, videos: Path) -> None:
+    stream_id = start(url, videos / "long.mp4", live=True).json()["id"]
+    asked = httpx.post(f"{url}/v1/streams/{stream_id}/queries", json={"text": "What is there?", "video_time": 0.5})
+    assert asked.status_code == 202
+    item_id = asked.json()["id"]
+    seen = []
+    with httpx.stream("GET", f"{url}/v1/streams/{stream_id}/events", timeout=DEADLINE_S) as answer:
+        for line in answer.iter_lines():
+            if line.startswith("data: "):
+                seen.append(parse_event(line[6:]))
+            if any(isinstance(event, ItemAdded) and event.item.id == item_id for event in seen) and isinstance(
+                seen[-1], TextDone
+            ):
+                break
+    for body in ({"text": " "}, {"text": "x" * 5000}, {"text": "x", "video_time": -1}, {"txt": "x"}):
+        assert httpx.post(f"{url}/v1/streams/{stream_id}/queries", json=body).status_code == 422
+    assert httpx.delete(f"{url}/v1/streams/{stream_id}").json()["deleted"] is True
+    assert until(url, stream_id, "ended")
+
+
+def test_a_deleted_stream_ends_and_makes_room(url: str, videos: Path) -> None:
+    ids = [start(url, videos / "long.mp4", live=True).json()["id"] for _ in range(2)]
+    full = start(url, videos / "clip.mp4")
+    assert full.status_code == 429
+    assert full.json()["error"]["code"] == "too_many_streams"
+    assert full.headers["retry-after"]
+    listed = {stream["id"]: stream for stream in httpx.get(f"{url}/v1/streams").json()["data"]}
+    assert [listed[stream_id]["status"] for stream_id in ids] == ["running", "running"]
+    for stream_id in ids:
+        assert httpx.delete(f"{url}/v1/streams/{stream_id}").status_code == 200
+        until(url, stream_id, "ended")
+    assert start(url, videos / "clip.mp4").status_code == 201
+
+
+@pytest.mark.parametrize("name", ["words.mp4", "list.m3u8", "list.ffconcat"])
+def test_what_is_no_video_fails_with_a_reason(url: str, videos: Path, name: str) -> None:
+    stream_id = start(url, videos / name).json()["id"]
+    stream = until(url, stream_id, "failed")
+    assert name in str(stream["error"])
+    assert any(isinstance(event, ErrorEvent | SessionEnded) for _, event in events(url, stream_id))
+
+
+def test_sources_that_are_not_listed_are_refused(url: str, videos: Path) -> None:
+    for source in (
+        "/etc/passwd",
+        f"{videos}/../secret.mp4",
+        "https://example.org/a.mp4",
+        "rtsp://10.0.0.1/",
+        "concat:a",
+    ):
+        answer = start(url, source)
+        assert answer.status_code == 422, source
+        assert answer.json()["error"]["code"] == "url_refused"
+
+
+def test_unknown_streams_are_not_found(url: str) -> None:
+    for method, path in (("GET", ""), ("DELETE", ""), ("GET", "/events"), ("POST", "/queries")):
+        answer = httpx.request(
+            method, f"{url}/v1/streams/nothing{path}", json={"text": "x"} if path == "/queries" else None
+        )
+        assert answer.status_code == 404
+        assert answer.json()["error"]["code"] == "not_found"
+
+
+def test_streams_belong_to_their_key_and_are_seen_at_every_gateway(
+    tiny: dict[str, object], redis_url: str, videos: Path
+) -> None:
+    with running(tiny, redis_url, ["mine", "theirs"], gateways=2, folders=[str(videos)]) as app:
+        one, other = app.urls
+        mine, theirs = ({"Authorization": f"Bearer {key}"} for key in ("mine", "theirs"))
+        body = {"source": str(videos / "long.mp4")}
+        stream_id = httpx.post(f"{one}/v1/streams", json=body, headers=mine).json()["id"]
+        deadline = time.monotonic() + DEADLINE_S
+        while httpx.get(f"{other}/v1/streams/{stream_id}", headers=mine).status_code != 200:
+            assert time.monotonic() < deadline
+        for foreign in (httpx.get, httpx.delete):
+            assert foreign(f"{other}/v1/streams/{stream_id}", headers=theirs).status_code == 404
+        assert httpx.get(f"{one}/v1/streams", headers=theirs).json()["data"] == []
+        assert httpx.delete(f"{other}/v1/streams/{stream_id}", headers=mine).status_code == 200
+        while httpx.get(f"{one}/v1/streams/{stream_id}", headers=mine).json()["status"] == "running":
+            assert time.monotonic() < deadline
+
+
+def test_a_source_that_breaks_off_is_read_on_without_repeating(
+    tiny: dict[str, object], redis_url: str, videos: Path
+) -> None:
+    """The server hangs up in the middle twice, then answers with an error once."""
+    body, server, troubles = (videos / "clip.mp4").read_bytes(), Server(), ["cut", "error", "cut"]
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        first = int((handler.headers.get("Range") or "bytes=0-").removeprefix("bytes=").partition("-")[0])
+        trouble = troubles.pop(0) if troubles else None
+        if trouble == "error":
+            handler.send_error(503)
+            return
+        handler.send_response(206 if first else 200)
+        handler.send_header("Content-Length", str(len(body) - first))
+        handler.send_header("Accept-Ranges", "bytes")
+        handler.end_headers()
+        handler.wfile.write(body[first : first + 600] if trouble else body[first:])
+        handler.close_connection = True
+
+    server.answers["/clip.mp4"] = answer
+    allowed = {"hosts": [f"127.0.0.1:{server.port}"], "schemes": ["http"], "networks": ["127.0.0.1/32"]}
+    try:
+        with application(tiny, redis_url, **allowed) as url:
+            stream_id = start(url, f"http://127.0.0.1:{server.port}/clip.mp4").json()["id"]
+            told = events(url, stream_id)
+            metrics = httpx.get(f"{url}/metrics").text
+    finally:
+        server.close()
+    assert [event.video_time for _, event in told if isinstance(event, FrameDecided)] == [0, 0.5, 1, 1.5, 2, 2.5]
+    assert "videollm_ingest_reconnects_total{" in metrics
+    assert not troubles
+
+
+def test_a_source_that_stays_away_is_given_up(tiny: dict[str, object], redis_url: str) -> None:
+    allowed = {"hosts": ["127.0.0.1:9"], "schemes": ["http"], "networks": ["127.0.0.1/32"], "reconnects": 1}
+    with application(tiny, redis_url, **allowed) as url:
+        stream_id = start(url, "http://127.0.0.1:9/a.mp4").json()["id"]
+        stream = until(url, stream_id, "failed")
+    assert "failed 2 times in a row" in str(stream["error"])
+
+
+def test_the_body_of_a_stream_request_is_checked(url: str) -> None:
+    for body in ("{", "[]", '{"source": ""}', '{"source": "a", "session": {"wings": 2}}', '{"source": "\\ud800"}'):
+        answer = httpx.post(f"{url}/v1/streams", content=body, headers={"content-type": "application/json"})
+        assert answer.status_code == 422, body
+        assert set(json.loads(answer.text)["error"]) == {"message", "type", "code", "param"}
