@@ -69,6 +69,9 @@ def build(config: Config) -> Coverage:
     sources = files + [{"file": "", "dataset": name} for name in datasets]
     if not sources:
         raise ConfigError("annotations names neither paths nor datasets: there is nothing to make dialogues of")
+    for split in SPLITS:
+        if (by_hand := Path(data.folder) / f"{split}.jsonl").exists():
+            raise ConfigError(f"{by_hand} holds dialogues already: remove it, or choose another data.folder")
     connect()
     ray.data.DataContext.get_current().enable_progress_bars = sys.stderr.isatty()
     weights = {name: dataset.weight for name, dataset in datasets.items()}

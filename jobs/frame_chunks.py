@@ -28,6 +28,10 @@ from jobs.remote_files import local_copy
 Row = dict[str, np.ndarray]
 
 
+CHUNKS_AHEAD = 24  # of each encoder: decoded, encoded, or on their way
+LEAST_AHEAD_BYTES = 128 << 20
+
+
 class StoreConfig(Section):
     """The frame-token store: where it is, and how it is made from videos."""
 
@@ -78,6 +82,11 @@ def encoded_chunks(
             num_gpus=settings.encoder_gpus or None,
         )
     )
+    pixels = model.frames.resolution_px**2 * 3 * settings.batch_size
+    # Without a limit Ray fills its object store with what the encoders have not come to yet.
+    ahead = max(LEAST_AHEAD_BYTES, CHUNKS_AHEAD * num_encoders(settings) * pixels)
+    options = chunks.context.execution_options
+    options.resource_limits = options.resource_limits.copy(object_store_memory=ahead)
     for batch in chunks.iter_batches(batch_size=1, prefetch_batches=2):
         yield {name: column[0] for name, column in batch.items()}
 

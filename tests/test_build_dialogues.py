@@ -87,6 +87,13 @@ def test_the_result_is_the_same_however_the_files_are_spread(videos: Path, tmp_p
     ]
 
 
+def test_dialogues_written_by_hand_are_not_joined_by_others(videos: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "train.jsonl").write_text("")
+    with pytest.raises(ConfigError, match=r"out/train.jsonl holds dialogues already: remove it, or choose another"):
+        build(settings(videos, tmp_path / "out"))
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_rows_and_files_say_what_they_were_made_from(videos: Path, tmp_path: Path) -> None:
