@@ -6,12 +6,13 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo serve test test-slow cluster-test lint
+.PHONY: help demo serve finetune test test-slow cluster-test lint
 
 help:
 	@echo 'make demo [VIDEO=path]  stream a video through the whole system and print what it says'
 	@echo 'make serve [CHECKPOINT=folder or hub name] [CONFIG=file]'
 	@echo '                        keep the same application up'
+	@echo 'make finetune VIDEOS=dir  train on your videos, each with an .srt, .vtt or .jsonl beside it'
 	@echo 'make test               the fast tests'
 	@echo 'make test-slow          the tests with Ray clusters and the embedded models'
 	@echo 'make cluster-test       every job on a Ray cluster of two network namespaces (as root)'
@@ -23,6 +24,10 @@ demo: $(INSTALLED)
 
 serve: $(INSTALLED)
 	$(RUN) -m serve.app $(CONFIG) $(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)")
+
+finetune: $(INSTALLED)
+	@test -n "$(VIDEOS)" || { echo 'make finetune: give VIDEOS=folder, with videos and their texts in it' >&2; exit 1; }
+	$(RUN) -m jobs.finetune configs/finetune.yaml 'annotations.paths=["$(VIDEOS)"]'
 
 test: $(INSTALLED)
 	$(RUN) -m pytest -m "not slow and not gpu and not cluster"

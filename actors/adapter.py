@@ -85,12 +85,12 @@ def attach(llm: PreTrainedModel, config: AdapterConfig) -> PeftModel:
     Raises ValueError if the targets match no module.
     """
     linear = [name for name, module in llm.named_modules() if isinstance(module, nn.Linear)]
-    if not any(_matches(config.targets, name) for name in linear):
+    if not any(matches(config.targets, name) for name in linear):
         raise ValueError(
             f"adapter.targets {config.targets!r} match no linear module of {type(llm).__name__}, which has "
             f"{', '.join(sorted({name.rpartition('.')[2] for name in linear}))}: change adapter.targets"
         )
-    if any(_matches(config.targets, name) for name in linear if name == "lm_head"):
+    if any(matches(config.targets, name) for name in linear if name == "lm_head"):
         _untie(llm)
     with warnings.catch_warnings():
         # peft 0.21 asks transformers 5.23 by a name that transformers has just renamed.
@@ -98,7 +98,8 @@ def attach(llm: PreTrainedModel, config: AdapterConfig) -> PeftModel:
         return get_peft_model(llm, config.lora())
 
 
-def _matches(targets: str | list[str], name: str) -> bool:
+def matches(targets: str | list[str], name: str) -> bool:
+    """Whether a module of that name gets LoRA matrices."""
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     return any(name == target or name.endswith(f".{target}") for target in targets)

@@ -59,8 +59,21 @@ def subject_of_size(name: str, device: str, dtype: str | None) -> Subject:
     if device == "cpu":
         raise ConfigError(f"preset {name} needs a GPU: add --device cuda, or leave the preset out")
     frames = FrameConfig(resolution_px=384, cls=True, pooled=(3, 3), separator=",")
+    sizes = llama_sizes(name)
+    with torch.device(device):
+        llm = AutoModelForCausalLM.from_config(
+            sizes, dtype=getattr(torch, dtype or "bfloat16"), attn_implementation="sdpa"
+        )
+    model = VideoLLM(llm, ModelConfig(llm=name, vision=EMBEDDED, frames=frames), VISION_WIDTH)
+    model.requires_grad_(False)
+    tokenizer = load_tokenizer(causal_lm_folder(EMBEDDED))
+    return Subject(name, model, model, Template(tokenizer, frames, vocab_size=sizes.vocab_size))
+
+
+def llama_sizes(name: str) -> LlamaConfig:
+    """The dimensions of a preset."""
     width, mlp_width, layers = SIZES[name]
-    sizes = LlamaConfig(
+    return LlamaConfig(
         vocab_size=128256,
         hidden_size=width,
         intermediate_size=mlp_width,
@@ -70,12 +83,5 @@ def subject_of_size(name: str, device: str, dtype: str | None) -> Subject:
         max_position_embeddings=8192,
         rms_norm_eps=1e-5,
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        tie_word_embeddings=name == "llama3-1b",
     )
-    with torch.device(device):
-        llm = AutoModelForCausalLM.from_config(
-            sizes, dtype=getattr(torch, dtype or "bfloat16"), attn_implementation="sdpa"
-        )
-    model = VideoLLM(llm, ModelConfig(llm=name, vision=EMBEDDED, frames=frames), VISION_WIDTH)
-    model.requires_grad_(False)
-    tokenizer = load_tokenizer(causal_lm_folder(EMBEDDED))
-    return Subject(name, model, model, Template(tokenizer, frames, vocab_size=sizes.vocab_size))

@@ -106,7 +106,7 @@ class EngineBenchmark:
         self.report = Report(
             {
                 "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-                "cpu": _cpu_name(),
+                "cpu": cpu_name(),
                 "gpu": torch.cuda.get_device_name() if self.on_gpu else "none",
                 "torch": torch.__version__,
                 "model": self.subject.name,
@@ -380,7 +380,8 @@ def _percentile(values: Sequence[float], percent: int) -> float:
     return ordered[min(len(ordered) * percent // 100, len(ordered) - 1)]
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor, its cores and the instructions that torch uses."""
     found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     name = found[1] if found else platform.machine()
     return f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"

@@ -3,12 +3,13 @@
 Needs the dialogues of jobs.build_dialogues and the frame tokens of jobs.encode_frames. The run's
 files are in training.folder/training.name:
 
-  checkpoint/     the trained model, ready to be served (model.checkpoint=...)
-  metrics.jsonl   one line per step: loss, learning rate, tokens a second
-  curves.png      the same as a picture
+  checkpoint/     the trained model, ready to be served (model.checkpoint=...); best/ with training.keep_best
+  metrics.jsonl   one line per step: losses, learning rate, tokens a second; and one per validation
+  curves.png      the same as a picture, and tensorboard/ for TensorBoard
   steps/          checkpoints on the way; the same command again goes on from the last one
 
-Workers are processes of Ray Train: one on a laptop's CPU, or one per GPU of a cluster.
+Workers are processes of Ray Train: one on a laptop's CPU, or one per GPU of a cluster. With --dry-run it
+prints the plan, and what memory and time it needs, and loads no weights.
 """
 
 from __future__ import annotations
@@ -19,10 +20,9 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 import ray.train
-import ray.train.torch
-import torch
 from ray.actor import ActorHandle
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.controller import TrainController
@@ -32,10 +32,9 @@ from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from actors import checkpoint
 from actors.cache import CacheError, whole_folder
-from actors.config import Config, ConfigError, ModelConfig, Section
+from actors.config import Config, ModelConfig, Section
 from actors.embedded import EmbeddedModelError
 from actors.parts import CheckpointError
-from actors.runtime import limit_threads, native_dtype
 from actors.turns import DialogueError
 from actors.weights import WeightsError
 from jobs.cluster import connect, is_local
@@ -43,40 +42,75 @@ from jobs.dataset import DatasetError
 from jobs.dialogue_files import DialogueFileError
 from jobs.dialogues import DataConfig
 from jobs.encode_frames import StoreConfig
+from jobs.estimate import dry_run
 from jobs.frame_store import StoreError
-from jobs.learner import Learner, TrainingError
+from jobs.learner import TrainingError
 from jobs.program import run
-from jobs.training_config import TrainingConfig
-from jobs.training_log import TrainingLog, plot_log
-from jobs.training_run import PLAN_FILE, SETTINGS_FILE, keep_settings, load_data, make_plan, portable, run_folder
+from jobs.remote_files import RemoteError
+from jobs.run_folder import RunFolder
+from jobs.training_config import MORE_IS_BETTER, Metric, TrainingConfig
+from jobs.training_log import METRICS_FILE, plot_log
+from jobs.training_run import check_held_out, keep_settings, load_data, load_validation, make_plan, portable, run_folder
+from jobs.training_worker import FAILURE_FILE, STATE_FILE, work
 
 logger = logging.getLogger(__name__)
 
-STATE_FILE = "learner.pt"  # beside a servable checkpoint: what only going on with the training needs
 
+def train(config: Config) -> str | None:
+    """Run the training that `config` describes; returns the address of the final checkpoint.
 
-def train(config: Config) -> Path:
-    """Run the training that `config` describes; returns the folder of the final checkpoint.
-
-    Settings and files that do not fit together are refused before a worker starts.
+    Settings and files that do not fit together are refused before a worker starts. With `training.dry_run`
+    nothing is trained and none is returned.
     """
     config = portable(config)
     settings = config.section("training", TrainingConfig)
     settings.check()
+    if settings.dry_run:
+        print(dry_run(config))
+        return None
     folder = run_folder(config)
     data = load_data(config)
-    keep_settings(config, data, folder / SETTINGS_FILE)
-    plan = make_plan(config, data, folder / PLAN_FILE)
+    check_held_out(config, data)
+    if settings.validate_every is not None:
+        load_validation(config, data.template)
+    keep_settings(config, data, folder)
+    folder.remove(FAILURE_FILE)
+    plan = make_plan(config, data, folder)
     logger.info("run=%s dialogues=%d videos=%d steps=%d", folder, len(data), len(data.video_ids()), plan.num_steps)
+    if clipped := [one.clipped for one in plan.measured if one.clipped]:
+        logger.warning(
+            "clipped to %s positions: %d dialogues, %d positions of them", data.max_tokens, len(clipped), sum(clipped)
+        )
     connect()
     result = _trainer(config, settings, folder).fit()
+    if folder.exists(FAILURE_FILE):
+        raise TrainingError(folder.read(FAILURE_FILE))
     if result.checkpoint is None:
-        raise TrainingError(f"the run in {folder} ended without a checkpoint: look at its metrics.jsonl")
-    with result.checkpoint.as_directory() as trained, whole_folder(folder / "checkpoint") as part:
-        shutil.copytree(trained, part, ignore=shutil.ignore_patterns(STATE_FILE, ".*"), dirs_exist_ok=True)
-    plot_log(folder / "metrics.jsonl", folder / "curves.png")
-    logger.info("trained: serve it with model.checkpoint=%s", folder / "checkpoint")
-    return folder / "checkpoint"
+        raise TrainingError(f"the run in {folder} ended without a checkpoint: look at its {METRICS_FILE}")
+    _publish(result.checkpoint, folder, "checkpoint")
+    if settings.keep_best is not None:
+        best = result.get_best_checkpoint(settings.keep_best, mode=_mode(settings.keep_best))
+        _publish(best or result.checkpoint, folder, "best")
+    plot_log(folder)
+    logger.info("trained: serve it with model.checkpoint=%s", folder.name("checkpoint"))
+    return folder.name("checkpoint")
+
+
+def _publish(saved: ray.train.Checkpoint, folder: RunFolder, name: str) -> None:
+    """A checkpoint without what only training needs, whole or not at all."""
+    ignored = shutil.ignore_patterns(STATE_FILE, ".*")
+    with saved.as_directory() as trained:
+        if folder.remote:
+            with tempfile.TemporaryDirectory() as temporary:
+                shutil.copytree(trained, temporary, ignore=ignored, dirs_exist_ok=True)
+                folder.put(Path(temporary), name, last=checkpoint.SETTINGS_FILE)
+            return
+        with whole_folder(Path(folder.path) / name) as part:
+            shutil.copytree(trained, part, ignore=ignored, dirs_exist_ok=True)
+
+
+def _mode(metric: Metric) -> Literal["max", "min"]:
+    return "max" if metric in MORE_IS_BETTER else "min"
 
 
 class _Trainer(TorchTrainer):
@@ -94,74 +128,29 @@ class _Trainer(TorchTrainer):
         return [c for c in callbacks if not (is_local() and isinstance(c, PlacementGroupCleanerCallback))]
 
 
-def _trainer(config: Config, settings: TrainingConfig, folder: Path) -> _Trainer:
+def _trainer(config: Config, settings: TrainingConfig, folder: RunFolder) -> _Trainer:
     if is_local():
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away
     resources = {"CPU": settings.cpus_per_worker} | ({"GPU": 1} if settings.gpu else {})
+    path, files = folder.for_ray()
     return _Trainer(
-        _work,
+        work,
         train_loop_config={"sections": config.sections, "source": config.source},
         scaling_config=ScalingConfig(
             num_workers=settings.workers, use_gpu=settings.gpu, resources_per_worker=resources
         ),
         run_config=RunConfig(
             name="steps",
-            storage_path=str(folder),
-            checkpoint_config=CheckpointConfig(num_to_keep=settings.keep_checkpoints),
+            storage_path=path,
+            storage_filesystem=files,
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=settings.keep_checkpoints,
+                checkpoint_score_attribute=settings.keep_best,
+                checkpoint_score_order=_mode(settings.keep_best) if settings.keep_best else "max",
+            ),
             failure_config=FailureConfig(max_failures=settings.max_failures),
         ),
     )
-
-
-def _work(parcel: dict) -> None:
-    """One worker, from loading the model to the last step."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    config = Config(parcel["sections"], parcel["source"])
-    settings = config.section("training", TrainingConfig)
-    context = ray.train.get_context()
-    rank, workers = context.get_world_rank(), context.get_world_size()
-    limit_threads(settings.threads)
-    device = ray.train.torch.get_device()
-    loaded = _start(config.model, settings, device)
-    data = load_data(config, loaded.template)
-    plan = make_plan(config, data, run_folder(config) / PLAN_FILE)
-    learner = Learner(loaded.model, data, plan, settings, rank, workers)
-    if (saved := ray.train.get_checkpoint()) is not None:
-        with saved.as_directory() as folder:
-            learner.restore(Path(folder) / STATE_FILE)
-    log = TrainingLog(run_folder(config) / "metrics.jsonl", learner.step, learner.num_steps) if rank == 0 else None
-    while learner.step < learner.num_steps:
-        step = learner.take_step()
-        if log is not None:
-            log.add(step)
-        if learner.step % settings.checkpoint_every == 0 or learner.step == learner.num_steps:
-            _report({"step": learner.step, "loss": step.loss}, learner, loaded if rank == 0 else None)
-
-
-def _start(model: ModelConfig, settings: TrainingConfig, device: torch.device) -> checkpoint.Loaded:
-    """The model before its first step: new adapter and connector, or those of `model.checkpoint`."""
-    dtype = native_dtype(getattr(torch, model.dtype), device)
-    if model.checkpoint is None:
-        return checkpoint.untrained(model, settings.seed, device, dtype, settings.adapter)
-    loaded = checkpoint.load(model, device, dtype, merged=False)
-    if loaded.adapter != settings.adapter:
-        raise ConfigError(
-            f"model.checkpoint {model.checkpoint} has the adapter {loaded.adapter}, training.adapter is "
-            f"{settings.adapter}: make them equal to train it further"
-        )
-    return loaded
-
-
-def _report(metrics: dict[str, float], learner: Learner, loaded: checkpoint.Loaded | None) -> None:
-    """Hand a checkpoint to Ray Train; one worker writes it (`loaded`), all wait."""
-    if loaded is None:
-        ray.train.report(metrics)
-        return
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "checkpoint"
-        checkpoint.save(folder, loaded, learner.data.video_ids())
-        learner.save(folder / STATE_FILE)
-        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
 SECTIONS: dict[str, type[Section]] = {
@@ -177,10 +166,13 @@ USER_ERRORS = (
     DialogueError,
     DialogueFileError,
     EmbeddedModelError,
+    RemoteError,
     StoreError,
     TrainingError,
     WeightsError,
 )
 
+FLAGS = {"--dry-run": "training.dry_run=true"}
+
 if __name__ == "__main__":
-    sys.exit(run(train, module="jobs.train", about=__doc__, sections=SECTIONS, user_errors=USER_ERRORS))
+    sys.exit(run(train, module="jobs.train", about=__doc__, sections=SECTIONS, user_errors=USER_ERRORS, flags=FLAGS))

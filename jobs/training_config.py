@@ -11,12 +11,16 @@ from actors.adapter import AdapterConfig
 from actors.config import ConfigError, Section
 from actors.objective import Objective
 
+Metric = Literal["loss", "text_loss", "stream_loss", "lm_ppl", "time_diff", "fluency", "lm_correctness"]
+MORE_IS_BETTER = {"fluency", "lm_correctness"}
+
 
 class TrainingConfig(Section):
     """How a model is fine-tuned; the defaults are the public reference's narration recipe."""
 
     name: str = Field(default="run", min_length=1, description="of the run; its files are in training.folder/name")
-    folder: str = Field(default="runs", description="holds the runs")
+    folder: str = Field(default="runs", description="holds the runs; a path, or a URL such as s3://bucket/runs")
+    dry_run: bool = Field(default=False, description="only print the plan, and what memory and time it needs")
     objective: Objective = Field(
         default="streaming", description="streaming is the paper's; the others are those it is compared with"
     )
@@ -54,8 +58,17 @@ class TrainingConfig(Section):
     threads: int = Field(
         default=1, ge=1, description="of torch in a worker on CPUs; more than the cores it has to itself is far slower"
     )
-    checkpoint_every: int = Field(default=100, ge=1, description="steps; the last one is always saved")
-    keep_checkpoints: int = Field(default=2, ge=1)
+    validate_every: int | None = Field(
+        default=None, ge=1, description="steps between two validations, and after the last; null: none"
+    )
+    validation_dialogues: int = Field(default=64, ge=1, description="of the validation split, at most")
+    checkpoint_every: int = Field(
+        default=100, ge=1, description="steps; also saved are every validation's and the last one"
+    )
+    keep_checkpoints: int = Field(default=2, ge=1, description="the last ones; with keep_best, the best and the last")
+    keep_best: Metric | None = Field(
+        default=None, description="keep the checkpoints with the best validation value of this, the best as best/"
+    )
     max_failures: int = Field(default=2, ge=0, description="times a killed worker is replaced")
 
     def num_steps(self, num_dialogues: int) -> int:
@@ -63,7 +76,9 @@ class TrainingConfig(Section):
         return self.max_steps or math.ceil(self.epochs * num_dialogues / self.batch_size)
 
     def check(self) -> None:
-        """Raises ConfigError where no worker could have a dialogue of every step."""
+        """Raises ConfigError for settings that contradict each other."""
+        if self.keep_best is not None and self.validate_every is None:
+            raise ConfigError(f"training.keep_best is {self.keep_best}, but nothing is validated: set validate_every")
         if self.batch_size < self.workers:
             raise ConfigError(
                 f"training.batch_size is {self.batch_size}, fewer dialogues than training.workers {self.workers}: "
@@ -74,14 +89,18 @@ class TrainingConfig(Section):
 # Settings that do not change what is learned, so that a run may go on with others.
 FREE = {
     "folder",
+    "dry_run",
     "workers",
     "cpus_per_worker",
     "gpu",
     "threads",
     "pack_tokens",
     "recompute",
+    "validate_every",
+    "validation_dialogues",
     "checkpoint_every",
     "keep_checkpoints",
+    "keep_best",
     "max_failures",
 }
 

@@ -6,20 +6,25 @@ import copy
 import hashlib
 import json
 import logging
+import sys
 from pathlib import Path
 
+from tqdm import tqdm
 from transformers import AutoConfig
 
+from actors import checkpoint
 from actors.causal_lm import causal_lm_folder, load_tokenizer
 from actors.config import Config, ConfigError
 from actors.dialogue import Template
 from actors.vision import vision_fingerprint
-from jobs.dataset import TrainingSet
+from jobs.dataset import DatasetError, TrainingSet
 from jobs.dialogue_files import read_dialogues, to_line
 from jobs.dialogues import DataConfig
 from jobs.encode_frames import StoreConfig
 from jobs.frame_store import FrameStore
 from jobs.plan import Plan
+from jobs.remote_files import is_remote
+from jobs.run_folder import RunFolder
 from jobs.training_config import FREE, TrainingConfig
 
 logger = logging.getLogger(__name__)
@@ -32,10 +37,11 @@ def portable(config: Config) -> Config:
     """The same settings with local paths made absolute: workers run in other folders."""
     sections = copy.deepcopy(config.sections)
     paths = {
-        ("training", "folder"): config.section("training", TrainingConfig).folder,
         ("data", "folder"): config.section("data", DataConfig).folder,
         ("store", "folder"): config.section("store", StoreConfig).folder,
     }
+    if not is_remote(folder := config.section("training", TrainingConfig).folder):
+        paths["training", "folder"] = folder
     for key in ("llm", "vision", "checkpoint"):
         value = getattr(config.model, key)
         if value is not None and Path(value).exists():
@@ -45,15 +51,49 @@ def portable(config: Config) -> Config:
     return Config(sections, config.source)
 
 
-def run_folder(config: Config) -> Path:
+def run_folder(config: Config) -> RunFolder:
     settings = config.section("training", TrainingConfig)
-    return Path(settings.folder) / settings.name
+    return RunFolder(f"{settings.folder.rstrip('/')}/{settings.name}")
 
 
 def load_data(config: Config, template: Template | None = None) -> TrainingSet:
     """The training dialogues with their frame tokens, checked against the model and each other."""
+    return _load(config, "train", template)
+
+
+def load_validation(config: Config, template: Template | None = None) -> TrainingSet:
+    """The dialogues that are validated on. Raises DatasetError where there are none."""
+    data = _load(config, "validation", template)
+    if not len(data):
+        folder = config.section("data", DataConfig).folder
+        raise DatasetError(f"{folder} has no validation dialogues: raise data.validation_fraction")
+    return data
+
+
+def check_held_out(config: Config, data: TrainingSet) -> None:
+    """Raises DatasetError where a video to validate on is trained on, now or before in `model.checkpoint`."""
+    folder = Path(config.section("data", DataConfig).folder)
+    if not (folder / "validation").exists() and not (folder / "validation.jsonl").exists():
+        return
+    held_out = {one.video_id for one in read_dialogues(folder / "validation") if one.num_frames}
+    if both := sorted(held_out & set(data.video_ids())):
+        raise DatasetError(
+            f"{len(both)} videos are in training and validation, such as {both[0]!r}: "
+            f"make the splits in {folder} again with jobs.build_dialogues"
+        )
+    before = Path(config.model.checkpoint or "") / checkpoint.SETTINGS_FILE
+    if config.model.checkpoint is not None and before.is_file():
+        seen = held_out & set(checkpoint.read_settings(before.parent).trained_videos)
+        if both := sorted(seen):
+            raise DatasetError(
+                f"{len(both)} validation videos were trained on in model.checkpoint {config.model.checkpoint}, such as "
+                f"{both[0]!r}: use the data.validation_fraction it was trained with"
+            )
+
+
+def _load(config: Config, split: str, template: Template | None) -> TrainingSet:
     settings = config.section("training", TrainingConfig)
-    dialogues = read_dialogues(Path(config.section("data", DataConfig).folder) / "train")
+    dialogues = read_dialogues(Path(config.section("data", DataConfig).folder) / split)
     folder = config.section("store", StoreConfig).folder
     store = FrameStore.open(folder, expect_fingerprint=vision_fingerprint(config.model))
     llm = causal_lm_folder(config.model.llm)
@@ -67,19 +107,24 @@ def max_positions(llm: Path) -> int | None:
     return None if positions is None else int(positions)
 
 
-def make_plan(config: Config, data: TrainingSet, file: Path) -> Plan:
-    """The plan of a run, with the measurements kept in `file` where they are of the same dialogues."""
+def make_plan(config: Config, data: TrainingSet, folder: RunFolder) -> Plan:
+    """The plan of a run, with the measurements kept in its folder where they are of the same dialogues."""
     settings = config.section("training", TrainingConfig)
     key = _measured_key(data)
-    if file.is_file() and (plan := Plan.from_json(file.read_text(), key, settings)) is not None:
+    if folder.exists(PLAN_FILE) and (plan := Plan.from_json(folder.read(PLAN_FILE), key, settings)) is not None:
         return plan
-    plan = Plan([data.measure(index) for index in range(len(data))], settings)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    _write(file, plan.to_json(key))
+    plan = measured_plan(data, settings)
+    folder.write(PLAN_FILE, plan.to_json(key))
     return plan
 
 
-def keep_settings(config: Config, data: TrainingSet, file: Path) -> None:
+def measured_plan(data: TrainingSet, settings: TrainingConfig) -> Plan:
+    """The plan over `data`, every dialogue of which is rendered once."""
+    shown = tqdm(range(len(data)), desc="measuring dialogues", disable=not sys.stderr.isatty())
+    return Plan([data.measure(index) for index in shown], settings)
+
+
+def keep_settings(config: Config, data: TrainingSet, folder: RunFolder) -> None:
     """Note what a run trains, so that nothing else goes on under its name. Raises ConfigError."""
     now = {
         "model": config.model.model_dump(mode="json"),
@@ -87,19 +132,18 @@ def keep_settings(config: Config, data: TrainingSet, file: Path) -> None:
         "frames": data.store.info.model_dump(mode="json"),
         "dialogues": {"count": len(data), "sha256": _dialogues_key(data)},
     }
-    if file.is_file():
-        before = json.loads(file.read_text())
+    if folder.exists(SETTINGS_FILE):
+        before = json.loads(folder.read(SETTINGS_FILE))
         for section, key in ((section, key) for section, values in now.items() for key in values):
             old, new = before.get(section, {}).get(key), now[section][key]
             if old != new:
                 raise ConfigError(
-                    f"the run in {file.parent} was started with {section}.{key} {old}, now it is {new}: "
+                    f"the run in {folder} was started with {section}.{key} {old}, now it is {new}: "
                     "give another training.name, or remove that folder"
                 )
-        logger.info("run=%s goes on where it stopped", file.parent)
+        logger.info("run=%s goes on where it stopped", folder)
         return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    _write(file, json.dumps(now, indent=2) + "\n")
+    folder.write(SETTINGS_FILE, json.dumps(now, indent=2) + "\n")
 
 
 def _measured_key(data: TrainingSet) -> str:
@@ -111,9 +155,3 @@ def _measured_key(data: TrainingSet) -> str:
 def _dialogues_key(data: TrainingSet) -> str:
     lines = "".join(to_line(dialogue) for dialogue in data.dialogues)
     return hashlib.sha256(lines.encode()).hexdigest()
-
-
-def _write(file: Path, text: str) -> None:
-    temporary = file.with_suffix(".part")
-    temporary.write_text(text)
-    temporary.replace(file)
