@@ -6,6 +6,12 @@
   data     videos to frame tokens: frames a second against what decoding and encoding alone would allow,
            memory against video length, the size of a store, random reads
 
+  train    packed training against the public reference's loop, on the same dialogues in the same order
+
+  stream   one video through decode, encode, Redis and LLM, beside the paper's rate and memory
+
+  serve    N WebSocket sessions at F frames per second: latency by stage, drops, first token, largest N
+
 Both backends of `engine` get the same weights, input, dtype, threads and window, and the same script says when they
 speak: the model computes everything, but its choices are not followed. They take turns, so that what else
 the machine does slows both; trust the ratios, not the milliseconds.
@@ -14,6 +20,7 @@ the machine does slows both; trust the ratios, not the milliseconds.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import platform
 import re
@@ -28,10 +35,13 @@ from actors.engine import EngineConfig
 from actors.parts import CheckpointError
 from actors.runtime import limit_threads
 from actors.weights import WeightsError
+from jobs import train_benchmark
 from jobs.benchmark_models import PRESETS, subject_of, subject_of_size
 from jobs.data_benchmark import DATA_QUICK, DataAmount, DataBenchmark
 from jobs.encode_frames import EncodingError
 from jobs.engine_benchmark import QUICK, Amount, EngineBenchmark
+from jobs.serve_benchmark import Load, ServeReport, endpoint, machine, measure_all
+from jobs.stream_benchmark import Clip, StreamReport, measure, schedule
 
 ENGINE_HELP = """Compare the batched engine with the `reference` backend.
 
@@ -107,6 +117,42 @@ def data(arguments: argparse.Namespace) -> None:
         print(f"\nsaved: {path}.json and {path}.png")
 
 
+def train(arguments: argparse.Namespace) -> None:
+    config = load_config(arguments.settings, arguments.overrides)
+    report = train_benchmark.run(config, 1 if arguments.quick else arguments.steps, arguments.device)
+    print(report.table())
+    if arguments.save:
+        machine = arguments.machine or re.sub(r"[^a-z0-9]+", "-", str(report.machine["processor"]).lower()).strip("-")
+        path = Path(arguments.save) / f"{report.machine['date']}-train-{machine}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report.document(), indent=1) + "\n")
+        print(f"\nsaved: {path}")
+
+
+def stream(arguments: argparse.Namespace) -> None:
+    config = load_config(arguments.settings, arguments.overrides)
+    clip = Clip(Path(arguments.video), arguments.seconds, arguments.fps, arguments.reply_every)
+    report = StreamReport({**machine(), "model": config.model.llm, "schedule": schedule(clip)}, arguments.note)
+    report.measured += [measure(config, version, clip) for version in arguments.versions]
+    print(report.table())
+    if arguments.save:
+        path = Path(arguments.save) / f"{report.machine['date']}-stream-{arguments.machine}.json"
+        report.save(path)
+        print(f"\nsaved: {path}")
+
+
+def serve(arguments: argparse.Namespace) -> None:
+    load = Load(arguments.sessions, arguments.fps, arguments.seconds, arguments.ask_every, arguments.tokens)
+    with endpoint(arguments.settings, arguments.overrides, arguments.url) as url:
+        report = ServeReport(machine(), arguments.note, load)
+        measure_all(report, url)
+    print(report.table())
+    if arguments.save:
+        path = Path(arguments.save) / f"{report.machine['date']}-serve-{arguments.machine}.json"
+        report.save(path)
+        print(f"\nsaved: {path}")
+
+
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m jobs.benchmark", description=__doc__, formatter_class=raw)
@@ -146,7 +192,59 @@ def _parser() -> argparse.ArgumentParser:
     two.add_argument("--save", metavar="FOLDER", help="write FOLDER/<date>-data-<machine>.json and .png")
     two.add_argument("--machine", metavar="NAME", default=platform.machine(), help="name in the file's name")
     two.set_defaults(run=data)
+    three = kinds.add_parser(
+        "train",
+        help="packed training against the reference's loop",
+        description=train_benchmark.__doc__,
+        formatter_class=raw,
+        epilog="example:\n  python -m jobs.benchmark train training.batch_size=8 --save benchmarks",
+    )
+    three.add_argument("settings", nargs="?", default="configs/embedded.yaml", help="default: configs/embedded.yaml")
+    three.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    three.add_argument("--steps", type=int, default=4, help="measured, after one that warms up (default: 4)")
+    three.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    three.add_argument("--quick", action="store_true", help="one step: does it run?")
+    three.add_argument("--save", metavar="FOLDER", help="write FOLDER/<date>-train-<machine>.json")
+    three.add_argument("--machine", metavar="NAME", help="name in the file's name (default: the processor's)")
+    three.set_defaults(run=train)
+    _add_stream(kinds)
+    _add_serve(kinds)
     return parser
+
+
+def _add_stream(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = kinds.add_parser(
+        "stream", help="one video through decode, encode, Redis and LLM, beside the paper's rate and memory"
+    )
+    _add_common(parser)
+    parser.add_argument("--video", default="tests/samples/big_buck_bunny_trailer.mp4", help="begun anew until full")
+    parser.add_argument("--seconds", type=float, default=300.0, help="of video (default: 300, as in the paper)")
+    parser.add_argument("--fps", type=float, default=2.0, help="frames per second of video (default: 2)")
+    parser.add_argument("--reply-every", type=float, default=10.0, help="seconds between replies (default: 10)")
+    parser.add_argument("--versions", nargs="+", choices=["live1", "live1plus"], default=["live1", "live1plus"])
+    parser.set_defaults(run=stream)
+
+
+def _add_serve(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = kinds.add_parser(
+        "serve", help="N WebSocket sessions at F frames per second: latency by stage, drops, first token, largest N"
+    )
+    _add_common(parser)
+    parser.add_argument("--url", help="a server that runs (default: one of its own, with the settings)")
+    parser.add_argument("--sessions", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="tried in this order")
+    parser.add_argument("--fps", type=float, default=2.0, help="frames per second of a session (default: 2)")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of every load (default: 60)")
+    parser.add_argument("--ask-every", type=float, default=15.0, help="seconds between a session's questions")
+    parser.add_argument("--tokens", type=int, default=12, help="longest response (default: 12)")
+    parser.set_defaults(run=serve)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("settings", nargs="?", default="configs/embedded.yaml", help="default: configs/embedded.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    parser.add_argument("--save", metavar="FOLDER", help="write FOLDER/<date>-<kind>-<machine>.json")
+    parser.add_argument("--machine", metavar="NAME", default="machine", help="name in the file's name")
+    parser.add_argument("--note", action="append", default=[], help="what a reader of the result must know")
 
 
 if __name__ == "__main__":

@@ -132,13 +132,17 @@ def download(guard: UrlGuard, url: str, path: Path, param: str) -> None:
 
 
 class HttpFile(io.RawIOBase):
-    """An HTTP resource as a file for PyAV; seeks where the server serves ranges. Raises as `opened` does."""
+    """An HTTP resource as a file for PyAV; seeks where the server serves ranges. Raises as `opened` does.
+
+    PyAV may take an error for the end of the file: `broken` says that there was one.
+    """
 
     def __init__(self, guard: UrlGuard, url: str, param: str) -> None:
         self._guard, self._url, self._param = guard, url, param
         self._stack = ExitStack()
         self._position = 0
         self._rest = b""
+        self.broken: str | None = None
         self._open(0)
 
     def readable(self) -> bool:
@@ -149,7 +153,13 @@ class HttpFile(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         if not self._rest:
-            self._rest = next(self._chunks, b"")
+            try:
+                self._rest = next(self._chunks, b"")
+            except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException) as error:
+                self.broken = f"{type(error).__name__} {error}".strip()
+                raise OSError(self.broken) from None
+            if not self._rest and self.size is not None and self._position < self.size:
+                self.broken = f"it ended after {self._position} of {self.size} bytes"
         count = min(len(buffer), len(self._rest))
         buffer[:count] = self._rest[:count]
         self._rest = self._rest[count:]
@@ -165,7 +175,11 @@ class HttpFile(io.RawIOBase):
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size}[whence]
         if base + offset != self._position:
             self._stack.close()
-            self._open(base + offset)
+            try:
+                self._open(base + offset)
+            except ClientError as error:
+                self.broken = str(error)
+                raise OSError(self.broken) from None
         return self._position
 
     def close(self) -> None:

@@ -52,6 +52,12 @@ class Source:
     guard: UrlGuard
     path: Path | None = None
     url: str = ""
+    http: HttpFile | None = None
+
+    @property
+    def broken(self) -> str | None:
+        """What went wrong with an HTTP connection that FFmpeg may not have told."""
+        return self.http.broken if self.http else None
 
     @classmethod
     def of(cls, text: str, guard: UrlGuard) -> Source:
@@ -69,7 +75,7 @@ class Source:
         if self.path is not None:
             return av.open(f"file:{self.path}", options={**options, "protocol_whitelist": "file"}), True
         if self.kind == "http":
-            file = HttpFile(self.guard, self.url, "source")
+            file = self.http = HttpFile(self.guard, self.url, "source")
             reader = file if file.seekable() else _Forward(file)
             return av.open(reader, "r", options=options, buffer_size=HTTP_BUFFER), file.size is not None
         target = self.guard.check(self.url, "source", ("rtsp", "rtsps"))
@@ -105,9 +111,11 @@ class Ingest:
                 container, finite = self.source.open()
                 with container:
                     yield from self._frames(container, finite)
-                over = finite
+                over, problem = finite and not self.source.broken, self.source.broken or problem
             except (FFmpegError, OSError, ClientError) as error:
-                problem = getattr(error, "strerror", None) or str(error)
+                problem = self.source.broken or getattr(error, "strerror", None) or str(error)
+                if isinstance(error, av.error.InvalidDataError) and self.last < 0 and not self.source.broken:
+                    raise SourceError(f"{self.source.shown} holds no video that can be decoded") from None
             if over or self.stopped.is_set():
                 if self.last < 0 and not self.stopped.is_set():
                     raise SourceError(f"{self.source.shown} holds no video that can be decoded")
