@@ -70,7 +70,8 @@ class Summary:
 
         figure = Figure(figsize=(9, 4), layout="constrained")
         whole, lengths = figure.subplots(1, 2, width_ratios=(2, 1))
-        whole.plot([0.0, *(seconds for seconds, _ in self.progress)], [0, *(frames for _, frames in self.progress)])
+        seconds, frames = [0.0, *(at for at, _ in self.progress)], [0, *(count for _, count in self.progress)]
+        whole.step(seconds, frames, where="post")
         whole.set_xlabel("seconds since the start, loading the encoder included")
         whole.set_ylabel("frames stored")
         whole.set_ylim(bottom=0)
