@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -37,6 +38,7 @@ from serve.counts import Counts, NotedCounts, Outcome
 from serve.frame_buffer import FrameBuffer
 from serve.keys import LOCAL
 from serve.metrics import GatewayMeters
+from serve.recording import Asked, Changed, Finished, Interrupted, Opened, Recorder
 from serve.server_events import ServerEvent, SessionEnded, SessionInfo, Statistics, Usage, VideoInfo, WindowInfo
 from serve.translation import Translator
 
@@ -78,7 +80,8 @@ class Conversation:
 
     `counts` are this session's, `totals` the gateway's. `bulk` marks recorded video, which
     encoders take after live frames. `max_live` bounds undecided frames where the newest wins: all the
-    credits would be seconds of lag. `resumable` says that the session outlives the connection.
+    credits would be seconds of lag. `resumable` says that the session outlives the connection. `record` is the
+    folder of recordings (recording.py).
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class Conversation:
         max_live: int,
         bulk: bool = False,
         client: str = LOCAL,
+        record: Path | None = None,
     ) -> None:
         self.id = f"sess_{uuid.uuid4().hex}"
         self.client = client
@@ -119,6 +123,7 @@ class Conversation:
         self._after = self._counted = -1
         self._first = 0
         self._asked = False
+        self._record = record
 
     @property
     def drop_policy(self) -> DropPolicy:
@@ -133,6 +138,10 @@ class Conversation:
     def statistics(self) -> Statistics:
         through = self._frames.through if self._frames.through >= 0 else None
         return self.counts.statistics(len(self._frames), through)
+
+    @property
+    def _recorder(self) -> Recorder | None:
+        return Recorder(self._record, self.id) if self._record else None
 
     @property
     def behind(self) -> int:
@@ -160,6 +169,8 @@ class Conversation:
         """Create the session's log. Settings given before are those it starts with."""
         self.opened = True  # before the answer: a client that leaves meanwhile must not leave a session behind
         await self._bus.open_session(self.id, self._fingerprint, self.settings, self.client)
+        if self._recorder is not None:
+            self._recorder.add(Opened(settings=self.settings, include=sorted(self.include)))
         await self._note_preferences()
 
     async def resume(self, session_id: str, after: int | None) -> None:
@@ -285,6 +296,8 @@ class Conversation:
                 await self._admit_next()
             if not self._end_said:
                 await self._bus.send(self.id, End(after_seq=self.counts.admitted - 1), self._connection)
+                if self._recorder is not None:
+                    self._recorder.add(Finished())
 
     async def _admit_next(self) -> None:
         """Admit the frame that waits longest, or wait for a frame or for a credit."""
@@ -302,6 +315,8 @@ class Conversation:
             self._frames.give_back(frame)
             await self._frames.change()
             return
+        if self._recorder is not None:
+            self._recorder.frame(frame.time, frame.image)
         self._frames.admitted(frame)
         self._count("admitted")
         self._meters.stage("admission", time.monotonic() - frame.received)
@@ -343,7 +358,10 @@ class Conversation:
                 number = number + 1 if at == position_told else 0
                 position_told = at
                 if at > self._after:
-                    yield event.model_copy(update={"event_id": f"event_{at}_{number}"})
+                    event = event.model_copy(update={"event_id": f"event_{at}_{number}"})
+                    if self._recorder is not None:
+                        self._recorder.event(event)
+                    yield event
 
     async def _response_start(self) -> int:
         """Where the response began that is open at `after`; the position behind `after` when none is."""
@@ -367,6 +385,8 @@ class Conversation:
             if error.code == "session_ended":
                 raise ClientError("ended", "the session has ended and takes no more input") from None
             raise
+        if self._recorder is not None:
+            self._recorder.add(_recorded(message))
 
     def _settle(self, position: int, entry: LogEntry) -> None:
         """Count the frames of an entry that are done and let the next ones in."""
@@ -420,6 +440,13 @@ class Conversation:
         self._meters.frame(outcome)
         for counts in (self.counts, self._totals):
             counts.add(outcome)
+
+
+def _recorded(message: Query | Interrupt | SettingsChange) -> Asked | Changed | Interrupted:
+    """Input as a line of a recording."""
+    if isinstance(message, Query):
+        return Asked(id=message.query_id, text=message.text, video_time=message.time)
+    return Changed(settings=message.settings) if isinstance(message, SettingsChange) else Interrupted()
 
 
 def _patched(settings: SessionSettings, patch: SessionPatch) -> SessionSettings:

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from prometheus_client.core import Metric
 from pydantic import Field
@@ -44,7 +45,8 @@ class ServeConfig(Section):
     are set by the sections of encoder and engine. `max_live_frames` of a session are undecided at most
     where the newest frame wins, `max_waiting_frames` wait in the gateway where none is dropped. With
     `max_encoders` or `max_llms` their number follows the load (`scaling`), from `encoders` and `llms` up.
-    `prompt` is asked for a client that wants a response without having asked anything.
+    `prompt` is asked for a client that wants a response without having asked anything. `record` is a folder
+    into which all sessions are recorded.
     """
 
     host: str = "127.0.0.1"
@@ -65,6 +67,7 @@ class ServeConfig(Section):
     admission_timeout_s: float = Field(default=20.0, gt=0)
     status_interval_s: float = Field(default=1.0, gt=0)
     prompt: str = Field(default="What do you see now?", min_length=1)
+    record: str | None = None
     shutdown_timeout_s: float = Field(default=5.0, ge=0)
 
 
@@ -140,6 +143,7 @@ class Gateway:
             max_live=self.config.max_live_frames,
             bulk=bulk,
             client=client,
+            record=Path(self.config.record) if self.config.record else None,
         )
         if resume is not None:
             await conversation.resume(resume.session_id, resume.after)

@@ -215,7 +215,7 @@ class Connection:
         for index, part in enumerate(item.content):
             if isinstance(part, InputText):
                 text = self.gateway.check_question(part.text)
-                item_id = f"{item.id}.{index}" if item.id and index else item.id
+                item_id = f"{item.id}_{index}" if item.id and index else item.id
                 await self.conversation.ask(text, part.video_time, item_id)
             else:
                 self._offer(part.video_time, picture_bytes(part.image_url, "image_url"))
