@@ -6,13 +6,17 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo serve finetune test test-slow cluster-test lint
+DEFAULT := configs/default_model.yaml
+MADE = data.folder=runs/default/$(1)/dialogues store.folder=runs/default/$(1)/tokens
+
+.PHONY: help demo serve finetune train-default test test-slow cluster-test lint
 
 help:
 	@echo 'make demo [VIDEO=path]  stream a video through the whole system and print what it says'
 	@echo 'make serve [CHECKPOINT=folder or hub name] [CONFIG=file]'
 	@echo '                        keep the same application up'
 	@echo 'make finetune VIDEOS=dir  train on your videos, each with an .srt, .vtt or .jsonl beside it'
+	@echo 'make train-default      train the shipped default model again, in about two hours of one core'
 	@echo 'make test               the fast tests'
 	@echo 'make test-slow          the tests with Ray clusters and the embedded models'
 	@echo 'make cluster-test       every job on a Ray cluster of two network namespaces (as root)'
@@ -28,6 +32,17 @@ serve: $(INSTALLED)
 finetune: $(INSTALLED)
 	@test -n "$(VIDEOS)" || { echo 'make finetune: give VIDEOS=folder, with videos and their texts in it' >&2; exit 1; }
 	$(RUN) -m jobs.finetune configs/finetune.yaml 'annotations.paths=["$(VIDEOS)"]'
+
+train-default: $(INSTALLED)
+	$(RUN) -m jobs.make_streams $(DEFAULT)
+	$(RUN) -m jobs.train $(DEFAULT) training.name=dense model.checkpoint=runs/default/connector $(call MADE,dense) \
+	  training.batch_size=8 training.max_steps=85 training.learning_rate=1e-3 training.connector_learning_rate=2e-4
+	$(RUN) -m jobs.train $(DEFAULT) training.name=long model.checkpoint=runs/default/runs/dense/checkpoint $(call MADE,long)
+	$(RUN) -m jobs.export_checkpoint $(DEFAULT) model.checkpoint=runs/default/runs/long/checkpoint \
+	  export.folder=runs/default/model export.replace=true
+	$(RUN) -m jobs.evaluate $(DEFAULT) model.checkpoint=runs/default/model $(call MADE,long) \
+	  evaluation.calibrate=true evaluation.folder=runs/default/evaluation
+	$(RUN) -m jobs.default_report configs/embedded.yaml model.checkpoint=runs/default/model $(REPORT)
 
 test: $(INSTALLED)
 	$(RUN) -m pytest -m "not slow and not gpu and not cluster"

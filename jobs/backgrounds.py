@@ -63,9 +63,9 @@ def clip(random: np.random.Generator, length: int) -> tuple[np.ndarray, tuple[st
     kind = random.random()
     if kind < 0.65:
         name = list(PHOTOGRAPHS)[random.integers(len(PHOTOGRAPHS))]
-        return _barred(_filmed(_varied(photograph(name), random), random, length), random), PHOTOGRAPHS[name]
+        return _barred(filmed(_varied(photograph(name), random), random, length), random), PHOTOGRAPHS[name]
     if kind < 0.85:
-        return _barred(_filmed(_pattern(random), random, length), random), ()
+        return _barred(filmed(_pattern(random), random, length), random), ()
     return _barred(_noisy(np.repeat(title_card(random)[None], length, axis=0), random), random), (TEXT,)
 
 
@@ -99,8 +99,8 @@ def _pattern(random: np.random.Generator) -> Image.Image:
     return Image.fromarray(ground).resize((320, 320), Image.Resampling.BICUBIC)
 
 
-def _filmed(picture: Image.Image, random: np.random.Generator, length: int) -> np.ndarray:
-    """`length` views of the picture: from one crop to another, with a hand's shake and a sensor's noise."""
+def filmed(picture: Image.Image, random: np.random.Generator, length: int) -> np.ndarray:
+    """Views (length, 224, 224, 3) of the picture: from one crop to another, with a hand's shake and noise."""
     short = min(picture.size)
     moving = random.random() < 0.5
     sizes = short * random.uniform(0.35, 0.95, 2)

@@ -16,11 +16,13 @@ import json
 import logging
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
@@ -33,12 +35,21 @@ from actors.engine import Engine, EngineConfig
 from actors.messages import SessionSettings
 from actors.runtime import limit_threads
 from actors.video import read_frames
-from jobs.backgrounds import SIDE
+from jobs.backgrounds import SIDE, clip, filmed
 from jobs.class_fields import Classifier
 from jobs.controls import SENTENCE, frame_changes
-from jobs.event_metrics import NOTHING, Event, Said, event_scores, interval, read_events, share_interval
+from jobs.event_metrics import (
+    NOTHING,
+    Event,
+    Said,
+    event_scores,
+    interval,
+    poisson_interval,
+    read_events,
+    share_interval,
+)
 from jobs.made_streams import StreamMaker
-from jobs.make_streams import StreamsConfig, material
+from jobs.make_streams import StreamsConfig, material, misread
 from jobs.object_names import with_article
 from jobs.photo_streams import GONE, PhotoFilm, PhotosError, PhotoStream, read_labels
 from jobs.program import run
@@ -49,7 +60,8 @@ logger = logging.getLogger(__name__)
 FPS = 2.0
 ENCODED_AT_ONCE = 32
 CHANGES = (0.3, 0.5, 0.7, 0.9)  # candidates for the change detector's threshold, chosen on the dev streams
-PIECE_S = 5.0  # a sample video is drawn again in pieces of this length
+QUIET_SEED = 900_000_000
+QUIET_CLIPS = 60
 
 
 class ReportConfig(Section):
@@ -101,10 +113,11 @@ class Reporter:
                 "or set report.threshold"
             )
         self.threshold = threshold
+        self.session = config.section("session", SessionSettings)
 
     def play(self, tokens: Sequence[Tensor], asked: Sequence[Sequence[Question]] = ()) -> list[Transcript]:
         """What is said about streams of frame tokens (F, N, D), in their order."""
-        settings = SessionSettings(threshold=self.threshold, max_response_tokens=32)
+        settings = self.session.model_copy(update={"threshold": self.threshold})
         recordings = [
             Recording(
                 str(number),
@@ -158,7 +171,9 @@ def report(config: Config) -> None:
         results["unknown"] = _photos(reporter, films.unknown, settings.unknown_streams, change)
         results["questions"] = _questions(reporter, films.test, settings.test_streams)
     if settings.quiet_hours:
-        results["quiet"] = _quiet(reporter, config.section("streams", StreamsConfig), settings.quiet_hours)
+        scenes = films.test.scenes if films is not None else ()
+        streams = config.section("streams", StreamsConfig)
+        results["quiet"] = _quiet(reporter, streams, settings.quiet_hours, scenes)
     folder = Path(settings.folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -298,17 +313,39 @@ def _questions(reporter: Reporter, film: PhotoFilm, count: int) -> dict[str, obj
     }
 
 
-def _quiet(reporter: Reporter, settings: StreamsConfig, hours: float) -> dict[str, object]:
-    """Hours of clips in which the classifier sees nothing, of a seed that training did not have, ten minutes each."""
-    maker = StreamMaker(material(settings, reporter.classifier), reporter.classifier, reporter.pooled)
+def _quiet(
+    reporter: Reporter, streams: StreamsConfig, hours: float, scenes: Sequence[Image.Image]
+) -> dict[str, object]:
+    """Hours of scenes in which the classifier is sure of nothing, ten minutes a stream: false alarms.
+
+    With `scenes`, photographs that nothing was trained on; else other views of those that were backgrounds.
+    """
+    made = material(streams, reporter.classifier)
+    numbers = np.random.default_rng(QUIET_SEED)
+    clips = list[Tensor]()
+    while len(clips) < QUIET_CLIPS:
+        frames, right = clip(numbers, 16)
+        if scenes:
+            frames = filmed(scenes[int(numbers.integers(len(scenes)))], numbers, 16)
+        field = reporter.classifier.trunk(torch.from_numpy(frames))
+        if (scenes or not right) and not misread(reporter.classifier, field, ()):
+            clips.append(field.half())
+    still = replace(made, clips=torch.stack(clips), clip_names=[()] * len(clips))
+    maker = StreamMaker(still, reporter.classifier, reporter.pooled)
     length = int(600 * FPS)
-    alarms = streams = 0
-    for seed in tqdm(range(round(hours * 6)), desc="quiet", disable=not sys.stderr.isatty()):
-        tokens = maker.quiet(900_000_000 + seed, length)
-        alarms += len(narration(reporter.play([tokens])[0]))
-        streams += 1
-    played = streams * length / FPS / 3600
-    return {"hours": played, "false alarms": alarms, "an hour": round(alarms / played, 2)}
+    alarms = list[str]()
+    count = max(1, round(hours * 6))
+    for seed in tqdm(range(count), desc="quiet", disable=not sys.stderr.isatty()):
+        tokens = maker.quiet(QUIET_SEED + seed, length)
+        alarms += [one.text for one in narration(reporter.play([tokens])[0])]
+    played = count * length / FPS / 3600
+    low, high = (edge / played for edge in poisson_interval(len(alarms)))
+    return {
+        "hours": round(played, 2),
+        "false alarms": len(alarms),
+        "an hour": f"{len(alarms) / played:.2f} ({low:.2f} to {high:.2f})",
+        "such as": "; ".join(alarms[:5]) or "none",
+    }
 
 
 def page(results: dict[str, object]) -> str:
@@ -340,6 +377,7 @@ def page(results: dict[str, object]) -> str:
 SECTIONS: dict[str, type[Section]] = {
     "model": ModelConfig,
     "engine": EngineConfig,
+    "session": SessionSettings,
     "streams": StreamsConfig,
     "report": ReportConfig,
 }

@@ -103,6 +103,15 @@ def share_interval(right: int, count: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def poisson_interval(count: int) -> tuple[float, float]:
+    """About the 95 % interval of a rate of which `count` were seen (Wilson and Hilferty's approximation)."""
+
+    def edge(shape: float, z: float) -> float:
+        return shape * (1 - 1 / (9 * shape) + z / (3 * math.sqrt(shape))) ** 3
+
+    return edge(count, -1.96) if count else 0.0, edge(count + 1, 1.96)
+
+
 def read_events(path: Path) -> list[Event]:
     """The events of a file, in order of time. Raises EventsError."""
     try:

@@ -133,7 +133,7 @@ def _make_material(settings: StreamsConfig, classifier: Classifier, folder: Path
     for _ in tqdm(range(settings.clips), desc="clips", disable=not sys.stderr.isatty()):
         frames, right = clip(numbers, 16)
         field = classifier.trunk(torch.from_numpy(frames))
-        if not _misread(classifier, field, right):
+        if not misread(classifier, field, right):
             fields.append(field.half())
             names.append(right)
     clips = torch.stack(fields)
@@ -164,7 +164,7 @@ def _make_material(settings: StreamsConfig, classifier: Classifier, folder: Path
     (folder / "clip_names.txt").write_text("".join("|".join(right) + "\n" for right in names))
 
 
-def _misread(classifier: Classifier, fields: torch.Tensor, right: tuple[str, ...]) -> bool:
+def misread(classifier: Classifier, fields: torch.Tensor, right: tuple[str, ...]) -> bool:
     """Whether the classifier is sure of a wrong name in any of the fields (F, 49, 320)."""
     sure, place = classifier.named(classifier.features(fields).mean(1))
     seen = {classifier.names[p] for s, p in zip(sure.tolist(), place.tolist(), strict=True) if s >= SURE and p >= 0}

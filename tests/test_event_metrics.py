@@ -14,6 +14,7 @@ from jobs.event_metrics import (
     Said,
     event_scores,
     interval,
+    poisson_interval,
     read_events,
     share_interval,
 )
@@ -62,6 +63,14 @@ def test_intervals_hold_the_score() -> None:
     assert low == pytest.approx(0.490, abs=1e-3)
     assert high == pytest.approx(0.943, abs=1e-3)
     assert share_interval(0, 0) == (0, 1)
+
+
+def test_rates_of_few_counts_are_uncertain() -> None:
+    assert poisson_interval(0)[0] == 0
+    assert poisson_interval(0)[1] == pytest.approx(3.7, abs=0.05)
+    low, high = poisson_interval(10)
+    assert low == pytest.approx(4.8, abs=0.05)
+    assert high == pytest.approx(18.4, abs=0.1)
 
 
 def test_a_broken_file_is_named(tmp_path: Path) -> None:

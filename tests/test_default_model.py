@@ -1,0 +1,73 @@
+"""The default model's own pipeline, end to end in miniature, and the checkpoint that is shipped."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+SETTINGS = str(REPOSITORY / "configs" / "default_model.yaml")
+SMALL = "{dense: {streams: 30, frames: [8, 14], gap: [2, 4]}}"
+
+
+def job(name: str, root: Path, *overrides: str) -> str:
+    """Run a job as a user would, with results in `root`; its log. Fails the test where it fails."""
+    command = [sys.executable, "-m", f"jobs.{name}", SETTINGS, "--root", str(root), *overrides]
+    run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_pipeline_of_the_default_model_in_miniature(tmp_path: Path) -> None:
+    job(
+        "make_streams",
+        tmp_path,
+        "streams.clips=12",
+        "streams.things=1",
+        f"streams.sets={SMALL}",
+        "streams.validation_fraction=0.3",
+    )
+    made = ["data.folder=runs/default/dense/dialogues", "store.folder=runs/default/dense/tokens"]
+    job(
+        "train",
+        tmp_path,
+        "model.checkpoint=runs/default/connector",
+        *made,
+        "training.name=small",
+        "training.batch_size=4",
+        "training.max_steps=6",
+    )
+    trained = tmp_path / "runs" / "default" / "runs" / "small"
+    losses = [json.loads(line)["loss"] for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 6
+    assert losses[-1] < losses[0]
+    job("export_checkpoint", tmp_path, f"model.checkpoint={trained / 'checkpoint'}", "export.folder=runs/default/model")
+    shipped = tmp_path / "runs" / "default" / "model"
+    assert sum(file.stat().st_size for file in shipped.glob("*.safetensors")) < 20e6
+    job(
+        "evaluate",
+        tmp_path,
+        f"model.checkpoint={shipped}",
+        *made,
+        "evaluation.calibrate=true",
+        "evaluation.thresholds=[0.5,0.9]",
+        "evaluation.max_dialogues=4",
+    )
+    assert json.loads((shipped / "calibration.json").read_text())["threshold"] in (0.5, 0.9)
+    job(
+        "default_report",
+        tmp_path,
+        f"model.checkpoint={shipped}",
+        "report.quiet_hours=0.17",
+        f"report.samples={REPOSITORY / 'tests/samples'}",
+    )
+    report = json.loads((tmp_path / "runs" / "default" / "report" / "report.json").read_text())
+    assert report["samples"]["always silent"]["f1"] == 0
+    assert report["samples"]["model"]["events"] == 19
+    assert report["quiet"]["hours"] > 0.1
