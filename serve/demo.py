@@ -36,6 +36,7 @@ QUESTION = "What has happened so far?"
 SAMPLE = REPOSITORY / "tests/samples/big_buck_bunny_trailer.mp4"
 MAX_OUTPUT_TOKENS = 24
 LINE_EVERY_S = 10.0
+REPORTED_WITHIN_S = 5.0  # replicas report about once a second
 
 Stats = dict[str, list[dict[str, object]]]
 
@@ -166,10 +167,16 @@ async def play(url: str, plan: Plan, screen: Screen) -> tuple[SessionEnded, Stat
     """Play the video against the server at `url`; `session.ended` and the server's statistics."""
     async with websockets.connect(f"{url.replace('http', 'ws', 1)}/v1/realtime", max_size=16 << 20) as socket:
         ended = await Viewer(socket, plan, screen).run()
+    over, deadline = time.time(), time.monotonic() + REPORTED_WITHIN_S
     async with httpx.AsyncClient(timeout=30) as client:
-        answer = await client.get(f"{url}/v1/stats", params={"timeline": "true"})
-        stats: Stats = answer.raise_for_status().json()
-    return ended, stats
+        while True:
+            answer = await client.get(f"{url}/v1/stats", params={"timeline": "true"})
+            stats: Stats = answer.raise_for_status().json()
+            workers = [*stats["encoders"], *stats["llms"]]
+            told = bool(workers) and all(float(str(worker["at"])) > over for worker in workers)
+            if told or time.monotonic() > deadline:
+                return ended, stats
+            await asyncio.sleep(0.2)
 
 
 def make_plan(options: argparse.Namespace, config: Config) -> tuple[Plan, VideoInfo]:

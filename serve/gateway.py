@@ -176,7 +176,8 @@ class Gateway:
         """What every replica says of itself, by role. Raises BusError."""
         found: Stats = {"gateways": [], "encoders": [], "llms": []}
         for report in await self.reports():
-            found[f"{report.role}s"].append({"name": report.name, "pid": report.pid, **report.stats})
+            told = {"name": report.name, "pid": report.pid, "at": report.at, **report.stats}
+            found[f"{report.role}s"].append(told)
         return found
 
     def _stats(self) -> dict[str, object]:
