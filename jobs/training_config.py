@@ -27,6 +27,9 @@ class TrainingConfig(Section):
     adapter: AdapterConfig = Field(default=AdapterConfig(), description="LoRA; the connector is always trained fully")
     epochs: float = Field(default=2, gt=0)
     max_steps: int | None = Field(default=None, ge=1, description="optimizer steps, instead of epochs")
+    stop_at: int | None = Field(
+        default=None, ge=1, description="end after so many steps, as if all were done; the same run can go on later"
+    )
     batch_size: int = Field(default=64, ge=1, description="dialogues in one optimizer step, of all workers together")
     pack_tokens: int = Field(
         default=4096,
@@ -88,6 +91,7 @@ class TrainingConfig(Section):
 
 # Settings that do not change what is learned, so that a run may go on with others.
 FREE = {
+    "stop_at",
     "folder",
     "dry_run",
     "workers",

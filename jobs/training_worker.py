@@ -49,7 +49,8 @@ def work(parcel: dict) -> None:
             learner.restore(Path(restored) / STATE_FILE)
     with ExitStack() as stack:
         log = stack.enter_context(TrainingLog(folder, learner.step, learner.num_steps)) if rank == 0 else None
-        while learner.step < learner.num_steps:
+        last = min(learner.num_steps, settings.stop_at or learner.num_steps)
+        while learner.step < last:
             try:
                 step = learner.take_step()
             except TrainingError as error:  # every worker's; trying again would end in the same way
@@ -59,7 +60,7 @@ def work(parcel: dict) -> None:
             if log is not None:
                 log.add(step)
             metrics: dict[str, float | None] = {"step": learner.step, "train_loss": step.loss}
-            ended = learner.step == learner.num_steps
+            ended = learner.step == last
             validating = validation and (ended or learner.step % (settings.validate_every or 1) == 0)
             if validation and validating:
                 found = validation.of(loaded.model)
