@@ -133,7 +133,7 @@ class TrainingSet:
                 for sample, pick in zip(samples, picks, strict=True)
             ]
         packed = Packed.of([sample.rendered for sample in samples])
-        at_frame = torch.tensor([flag for sample in samples for flag in sample.rendered.at_frame])
+        at_frame = packed.input_ids == self.template.frame_id
         silent, speaking = stream_weights
         learned = packed.labels != IGNORED
         if not learned.any():

@@ -169,7 +169,7 @@ class Learner:
                 names.append(samples.dialogue_ids)
                 sums.labels += samples.text_labels + samples.stream_labels
                 sums.stream_labels += samples.stream_labels
-                sums.tokens += sum(pack.lengths)
+                sums.tokens += sum(pack.dialogue_lengths)
                 sums.packs += 1
         found = torch.stack(losses).tolist() if losses else []
         for (weighted, text, stream), dialogues in zip(found, names, strict=True):

@@ -57,10 +57,14 @@ def test_a_pack_has_ids_labels_and_frames_one_after_another(store: FrameStore, t
     pack = data.packed([Pick(2, 0), Pick(0, 0)])
     assert pack.dialogue_ids == ("abcdef-narration-0", "ab-narration-0")
     assert torch.equal(pack.frames, torch.cat([sample.frames for sample in samples]))
-    assert pack.packed.input_ids.tolist() == [i for sample in samples for i in sample.rendered.input_ids]
-    assert pack.packed.labels.tolist() == [i for sample in samples for i in sample.rendered.labels]
-    assert pack.packed.positions.tolist() == [p for sample in samples for p in range(len(sample.rendered.labels))]
-    assert pack.packed.lengths == tuple(len(sample.rendered.labels) for sample in samples)
+    row, prefix = pack.packed, pack.packed.prefix
+    assert 0 < prefix <= samples[0].rendered.input_ids.index(template.frame_id)
+    for name, values in (("input_ids", row.input_ids), ("labels", row.labels)):
+        first, second = (getattr(sample.rendered, name) for sample in samples)
+        assert values.tolist() == first + second[prefix:]
+    one, two = (len(sample.rendered.labels) for sample in samples)
+    assert row.positions.tolist() == [*range(one), *range(prefix, two)]
+    assert row.dialogue_lengths == (one, two)
 
 
 def test_measurements_are_what_a_pack_will_have(store: FrameStore, template: Template) -> None:

@@ -146,6 +146,37 @@ def test_adapters_drop_inputs_of_their_own_as_under_peft() -> None:
     assert not torch.allclose(model.packed_loss(Packed.of(rendered), torch.cat(frames_of(rendered))).weighted, found)
 
 
+def test_what_all_begin_with_is_computed_once_and_learned_from_alike() -> None:
+    """The system prompt's gradients come from every dialogue that follows it."""
+    tiny = template("tiny", "live1plus")
+    rendered = [
+        tiny.render(
+            [
+                System(content="You watch a video and say what happens."),
+                *turns,
+                Assistant(content="A dog " * number + "runs.", learn=True),
+                Stream(num_frames=number, learn=True),
+            ]
+        )
+        for number, turns in enumerate([[Stream(num_frames=1)], [User(content="What?")], [Stream(num_frames=3)]], 1)
+    ]
+    model, packed, frames = model_of("llama"), Packed.of(rendered), frames_of(rendered)
+    assert 10 < packed.prefix < min(len(one.input_ids) for one in rendered)
+    assert len(packed.input_ids) == sum(len(one.input_ids) for one in rendered) - 2 * packed.prefix
+    single = [model.packed_loss(Packed.of([one]), part) for one, part in zip(rendered, frames, strict=True)]
+    wanted = gradients(model, torch.stack([loss.weighted for loss in single]).sum())
+    check_equal(gradients(model, model.packed_loss(packed, torch.cat(frames)).weighted), wanted)
+
+
+def test_dialogues_that_are_all_alike_keep_something_of_their_own() -> None:
+    rendered = dialogues()[:1] * 3
+    packed = Packed.of(rendered)
+    model, frames = model_of("llama"), frames_of(dialogues()[:1])[0]
+    once = model.packed_loss(Packed.of(rendered[:1]), frames).weighted
+    torch.testing.assert_close(model.packed_loss(packed, frames.repeat(3, 1, 1)).weighted, 3 * once)
+    assert packed.prefix < packed.lengths[0]
+
+
 def test_text_and_stream_are_summed_apart_and_weighted_together() -> None:
     model, rendered = model_of("llama"), dialogues()
     packed, frames = Packed.of(rendered), torch.cat(frames_of(rendered))
