@@ -10,15 +10,16 @@ from __future__ import annotations
 import asyncio
 import json
 import resource
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from actors.bus import Bus, BusConfig, Lease
-from actors.messages import FramesDecided, FrameTokens, SessionSettings
+from actors.messages import FramesDecided, FrameTokens, LogEntry, SessionSettings
 from actors.redis_server import RedisServer
 from jobs.capacity_model import LoadConfig, RedisCosts, ServedConfig
 
@@ -98,7 +99,8 @@ class Measurement:
 
     async def follow(self, names: list[str], frames: int) -> None:
         for name in names:
-            async with aclosing(self._bus.tail(name)) as tail:
+            tail = cast("AsyncGenerator[tuple[int, LogEntry], None]", self._bus.tail(name))
+            async with aclosing(tail):
                 async for position, _ in tail:
                     if position == frames - 1:
                         break
