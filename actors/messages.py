@@ -30,10 +30,13 @@ class SessionSettings(Section):
     """What a client may choose for one session.
 
     The context is re-prefilled when it would pass `window_trigger` positions and then keeps the
-    newest part of about `window_keep` positions; both are bounded by the model's limit.
+    newest part of about `window_keep` positions; both are bounded by the model's limit. By `argmax`, as
+    published, the model speaks where P(silent) is below `threshold` or silence is not the likeliest;
+    by `threshold` only where P(silent) is below it, so that a low one makes it quieter than it was trained.
     """
 
     threshold: float = Field(default=0.725, ge=0)
+    decide_by: Literal["argmax", "threshold"] = "argmax"
     instructions: str | None = Field(default=None, max_length=8192)
     max_response_tokens: int = Field(default=100, ge=1, le=4096)
     temperature: float = Field(default=0.0, ge=0, le=2)

@@ -234,12 +234,12 @@ class Session:
 
     def resolve_frames(self, work: Work, decisions: Sequence[Decision]) -> list[LogEntry]:
         """Keep the run up to the first frame that wants to speak; the cache is valid up to `fed` afterwards."""
-        threshold = self.settings.threshold
+        threshold, by_argmax = self.settings.threshold, self.settings.decide_by == "argmax"
         kept = 0
         speak = False
         while kept < len(decisions) and not speak:
             decision = decisions[kept]
-            speak = decision.p_silent < threshold or not decision.silence_wins
+            speak = decision.p_silent < threshold or (by_argmax and not decision.silence_wins)
             kept += 1
         first = self.next_seq
         times = [self._frames[first + i][0] for i in range(kept)]

@@ -257,6 +257,16 @@ def test_any_winner_but_silence_speaks_even_above_the_threshold() -> None:
     assert isinstance(entries[-1], ResponseStarted)
 
 
+@pytest.mark.parametrize(("p_silent", "speaks"), [(0.4, False), (0.09, True)])
+def test_decided_by_the_threshold_alone_a_low_one_keeps_quiet(p_silent: float, speaks: bool) -> None:
+    session = make_session(threshold=0.1, decide_by="threshold")
+    session.add_frame(0, 0.0, FRAME)
+    session.advance()
+    entries = session.resolve_frames(session.work(), [Decision(p_silent, silence_wins=False)])
+    assert any(isinstance(entry, ResponseStarted) for entry in entries) is speaks
+
+
+
 def test_queries_left_at_the_end_are_answered_before_the_session_ends() -> None:
     driver = Driver(make_session())
     driver.session.add(Query(query_id="q", text="What was it?", after_seq=-1, time=99.0))
