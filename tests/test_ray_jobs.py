@@ -14,12 +14,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from training_data import untrained_config
+from training_data import narrated, untrained_config, write_store
 
 from actors import checkpoint
 from actors.config import ModelConfig
-from jobs.dialogue_files import read_dialogues
+from actors.vision import vision_fingerprint
+from jobs.dialogue_files import read_dialogues, to_line
 from jobs.frame_store import FrameStore
+from jobs.run_folder import RunFolder
+from jobs.training_log import read_log
 
 REPOSITORY = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -97,3 +100,28 @@ def test_the_offline_leg_runs_as_submitted_jobs(
     assert failed.returncode == 1
     assert "error: the run in" in failed.stdout
     assert "Traceback" not in failed.stdout
+
+
+@pytest.mark.timeout(600)
+def test_two_workers_train_in_a_submitted_job(
+    job_server: str, tiny_configs: dict[str, ModelConfig], tmp_path: Path
+) -> None:
+    videos, model = ["ab", "abcd", "abcdef"], untrained_config(tiny_configs["live1plus"])
+    write_store(tmp_path / "tokens", model.frames, videos, fingerprint=vision_fingerprint(model))
+    (tmp_path / "dialogues").mkdir()
+    (tmp_path / "dialogues" / "train.jsonl").write_text("".join(to_line(narrated(video)) for video in videos))
+    settings = {
+        "model": model.model_dump(mode="json"),
+        "data": {"folder": "dialogues"},
+        "store": {"folder": "tokens"},
+        "training": {"adapter": {"rank": 4, "alpha": 8}, "max_steps": 2, "batch_size": 3, "pack_tokens": 1}
+        | {"workers": 2, "cpus_per_worker": 0.5},
+    }
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings))
+    program = ["python", "-m", "jobs.train", str(tmp_path / "settings.yaml"), "--root", str(tmp_path)]
+    command = [BIN / "ray", "job", "submit", "--address", job_server, "--working-dir", ".", "--", *program]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = read_log(RunFolder(str(tmp_path / "runs" / "run")))
+    assert [(record["step"], record["packs"]) for record in records] == [(0, 3), (1, 3)]
+    assert checkpoint.load(tmp_path / "runs" / "run" / "checkpoint").trained_videos == videos

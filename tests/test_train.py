@@ -16,6 +16,7 @@ import yaml
 from training_data import narrated, untrained_config, write_store
 
 from actors import checkpoint
+from actors.adapter import AdapterConfig
 from actors.config import Config, ConfigError, ModelConfig
 from actors.vision import vision_fingerprint
 from jobs.build_dialogues import build
@@ -29,7 +30,7 @@ from jobs.train import train
 from jobs.training_config import TrainingConfig
 from jobs.training_log import METRICS_FILE, read_log
 from jobs.training_run import check_held_out, keep_settings, load_data, make_plan, portable, run_folder
-from jobs.training_worker import FAILURE_FILE, STATE_FILE
+from jobs.training_worker import FAILURE_FILE, STATE_FILE, start
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context", "ignore::ResourceWarning")
 
@@ -199,6 +200,7 @@ def test_a_run_of_other_settings_under_the_same_name_is_refused(prepared) -> Non
         keep_settings(portable(prepared(learning_rate=2e-2)), data, folder)
 
 
+@pytest.mark.slow
 def test_a_run_in_any_storage_validates_keeps_the_best_and_goes_on_from_another_checkpoint(
     prepared, tmp_path: Path, ray_cluster: None
 ) -> None:
@@ -229,6 +231,30 @@ def test_a_run_in_any_storage_validates_keeps_the_best_and_goes_on_from_another_
     second = checkpoint.load(train(config), merged=False)
     for name, parameter in first.model.named_parameters():
         torch.testing.assert_close(second.model.get_parameter(name), parameter, atol=1e-8, rtol=0)
+
+
+def test_a_run_may_start_from_another_ones_checkpoint_with_a_new_optimizer(prepared, tmp_path: Path) -> None:
+    first = prepared()
+    settings = first.section("training", TrainingConfig)
+    loaded = start(first.model, settings, "cpu")
+    data = load_data(first, loaded.template)
+    learner = Learner(loaded.model, data, make_plan(first, data, run_folder(first)), settings)
+    for _ in range(2):
+        learner.take_step()
+    checkpoint.save(tmp_path / "first", loaded, data.video_ids())
+
+    config = prepared(name="second")
+    config.sections["model"]["checkpoint"] = str(tmp_path / "first")
+    again = start(config.model, settings, "cpu")
+    assert again.trained_videos == VIDEOS
+    second = Learner(again.model, data, make_plan(config, data, run_folder(config)), settings)
+    assert second.step == 0
+    assert not second.optimizer.state_dict()["state"]
+    for name, parameter in learner.parameters.items():
+        assert torch.equal(second.parameters[name], parameter), name
+    assert second.take_step().loss < 6
+    with pytest.raises(ConfigError, match=r"has the adapter .*rank=4.*, training.adapter is .*rank=8.*: make them"):
+        start(config.model, settings.model_copy(update={"adapter": AdapterConfig(rank=8)}), "cpu")
 
 
 @pytest.mark.slow
