@@ -4,7 +4,8 @@ Dialogues come from `evaluation.dialogues`, their frames from the store `store.f
 the four streaming metrics of the paper are computed in both modes (docs/metrics.md). Self-conditioned,
 the frames and the user's turns of each dialogue go through the session and the engine that serve, and
 what the model says of its own accord is graded beside controls, at the session's threshold and over
-many. Dialogues of the offline benchmarks (COIN, Ego4D LTA) are answered and graded against their names.
+many. `evaluation.streamingbench` and `evaluation.ovobench` ask the questions of those two in streams.
+Dialogues of the offline benchmarks (COIN, Ego4D LTA) are answered and graded against their names.
 
 With `evaluation.calibrate=true` the best of the thresholds is stored in the checkpoint: it is then what
 serving, narration and later evaluations use that are given none. Do that on validation data.
@@ -21,7 +22,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from pydantic import Field
@@ -34,7 +35,7 @@ from actors.parts import CheckpointError
 from actors.session import SessionError
 from actors.turns import DialogueError
 from actors.weights import WeightsError
-from jobs.annotations import AnnotationError, AnnotationsConfig
+from jobs.annotations import AnnotationError, AnnotationsConfig, video_id
 from jobs.dataset import DatasetError
 from jobs.dialogue_files import DialogueFileError, read_dialogues
 from jobs.dialogues import DataConfig, Dialogue
@@ -44,7 +45,7 @@ from jobs.evaluation_plots import draw
 from jobs.evaluation_report import Offline, Report, named, page
 from jobs.event_metrics import EventsError
 from jobs.finished import Finished, FinishedError, key_of
-from jobs.frame_store import StoreError
+from jobs.frame_store import FrameStore, StoreError
 from jobs.graded_events import grade_events
 from jobs.grader import Heard, Identity
 from jobs.grader_pool import graders
@@ -57,6 +58,7 @@ from jobs.offline_benchmarks import (
     is_offline,
     write_submission,
 )
+from jobs.online_benchmarks import Asked, OnlineBenchmarkError, Probed, read_all, score, streams_of
 from jobs.program import run
 from jobs.stream_groups import GradedStream, groups_of
 from jobs.streams import play_of
@@ -91,6 +93,9 @@ class EvaluationConfig(Section):
         default=THRESHOLDS, description="tried for the curve of precision and recall; [] tries none"
     )
     calibrate: bool = Field(default=False, description="store the best of these thresholds in the checkpoint")
+    streamingbench: tuple[str, ...] = Field(default=(), description="files questions_*.json of StreamingBench")
+    ovobench: str | None = Field(default=None, description="the file ovo_bench_new.json of OVO-Bench")
+    polled: bool = Field(default=False, description="each question of these two in a stream of its own")
     answer_tokens: int = Field(default=512, ge=1, description="the longest answer of an offline benchmark")
 
 
@@ -106,14 +111,18 @@ def run_evaluation(config: Config) -> Path:
     folder = Path(settings.folder)
     if folder.exists() and any(folder.iterdir()) and not (folder / FINISHED).exists():
         raise ConfigError(f"{folder} holds something else than an evaluation: choose another evaluation.folder")
-    dialogues = _chosen(read_dialogues(source), settings.max_dialogues)
+    online = read_all(settings.streamingbench, settings.ovobench)
+    wanted = settings.dialogues is not None or not online
+    dialogues = _chosen(read_dialogues(source), settings.max_dialogues) if wanted else []
     with Finished(folder / FINISHED) as finished:
         pool = graders(config, settings.workers)
         identity = pool.identity()
-        refuse_seen(dialogues, identity, settings.allow_seen)
-        dialogues = [dialogues[index] for index in pool.there(dialogues)]
+        probed = _probed(config, online, settings.polled)
+        refuse_seen([*dialogues, *(stream.dialogue for stream in probed)], identity, settings.allow_seen)
+        dialogues = [dialogues[index] for index in pool.there(dialogues)] if dialogues else []
         evaluation = Evaluation(pool, finished, config, identity, settings.at_once)
         result = _grade(config, settings, identity, evaluation, dialogues, source)
+        result = replace(result, online=_online(config, evaluation, probed, result.threshold))
     _write(folder, result)
     print((folder / "report.md").read_text())
     return folder
@@ -212,6 +221,31 @@ def _calibrate(
     folder = Path(str(config.model.checkpoint))
     write_calibration(folder, calibration)
     logger.info("threshold=%g f1=%.3f stored in %s", point.threshold, point.timing.f1, folder / CALIBRATION_FILE)
+
+
+def _probed(config: Config, asked: Sequence[Asked], polled: bool) -> list[Probed]:
+    """The streams of online benchmarks. Raises OnlineBenchmarkError where none of their videos was encoded."""
+    if not asked:
+        return []
+    store = FrameStore.open(config.section("store", StoreConfig).folder)
+    names = {video_id(one.video) for one in asked}
+    counts = {name: store.num_frames(name) for name in names if name in store}
+    if not counts:
+        raise OnlineBenchmarkError(
+            f"none of the {len(names)} videos of the benchmark is in {store.path}: run jobs.encode_frames with "
+            "store.videos naming their folder"
+        )
+    if len(counts) < len(names):
+        logger.warning("left out, not in the frame-token store: %d of %d videos", len(names) - len(counts), len(names))
+    return streams_of(asked, counts, store.info.fps, config.model.system_prompt, polled)
+
+
+def _online(
+    config: Config, evaluation: Evaluation, probed: Sequence[Probed], threshold: float
+) -> dict[str, dict[str, float]]:
+    session = config.section("session", SessionSettings).model_copy(update={"threshold": threshold})
+    heard = dict(evaluation.heard([stream.dialogue for stream in probed], session))
+    return score(probed, [heard[index] for index in range(len(probed))])
 
 
 def _answers(evaluation: Evaluation, dialogues: Sequence[Dialogue], settings: EvaluationConfig) -> list[Answered]:
@@ -319,6 +353,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             EvaluationError,
             EventsError,
             FinishedError,
+            OnlineBenchmarkError,
             SessionError,
             StoreError,
             WeightsError,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -65,6 +65,7 @@ class Report:
     offline: Mapping[str, Offline]
     answered: list[Answered]
     annotations: Path | None
+    online: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def values(self) -> dict[str, object]:
         """What `metrics.json` holds: the same for the same model, data and settings."""
@@ -77,6 +78,7 @@ class Report:
             "thresholds": [{"threshold": point.threshold, **named(point.timing)} for point in self.curve],
             "events": None if self.events is None else _event_values(self.events),
             "offline": {task: asdict(offline) for task, offline in self.offline.items()},
+            "online": self.online,
             "published": {
                 task: {name: asdict(value) for name, value in published.items()}
                 for task, published in PUBLISHED.items()
@@ -115,6 +117,10 @@ def page(result: Report, plots: Mapping[str, str]) -> str:
         lines.append("")
     if result.offline:
         lines += list(_offline(result))
+    for benchmark, accuracies in result.online.items():
+        lines += [f"## {benchmark}", "", "| | accuracy, % |", "|---|---|"]
+        lines += [f"| {name} | {_number(value)} |" for name, value in accuracies.items()]
+        lines.append("")
     if result.groups:
         lines += [*_streams(result, plots), *_events(result), *_single_decisions(result), *_examples(result, plots)]
     return "\n".join(lines).rstrip() + "\n"

@@ -262,6 +262,25 @@ def test_the_offline_benchmarks_are_answered_and_graded(
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_online_benchmarks_ask_their_questions_in_streams(
+    evaluate: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tests = [{"realtime": 1.0, "count": 0}, {"realtime": 4.0, "count": 2}]
+    items = [{"task": "REC", "video": "v/kitchen.mp4", "activity": "jump", "test_info": tests}]
+    (tmp_path / "ovo.json").write_text(json.dumps(items))
+    arguments = [f"evaluation.ovobench={tmp_path / 'ovo.json'}", "evaluation.dialogues=null"]
+    for polled in ("false", "true"):
+        assert evaluate(*arguments, f"evaluation.polled={polled}") == 0
+        values = metrics(tmp_path)
+        assert (values["num_dialogues"], values["streams"]) == (0, {})
+        assert values["online"]["ovobench"].keys() == {"REC", "forward responding", "all"}
+        assert "## ovobench" in (tmp_path / "out" / "report.md").read_text()
+    (tmp_path / "ovo.json").write_text(json.dumps([items[0] | {"video": "v/gone.mp4"}]))
+    assert evaluate(*arguments) == 1
+    assert "none of the 1 videos of the benchmark is in" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_lta_without_its_annotations_says_what_is_missing(
     evaluate: Callable[..., int], benchmarks: list[Dialogue], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
