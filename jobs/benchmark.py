@@ -40,7 +40,7 @@ from jobs.benchmark_models import PRESETS, subject_of, subject_of_size
 from jobs.data_benchmark import DATA_QUICK, DataAmount, DataBenchmark
 from jobs.encode_frames import EncodingError
 from jobs.engine_benchmark import QUICK, Amount, EngineBenchmark
-from jobs.serve_benchmark import Load, ServeReport, endpoint, machine, measure_all
+from jobs.serve_benchmark import EndpointError, Load, ServeReport, endpoint, machine, measure_all
 from jobs.stream_benchmark import Clip, StreamReport, measure, schedule
 
 ENGINE_HELP = """Compare the batched engine with the `reference` backend.
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     try:
         arguments.run(arguments)
-    except (ConfigError, CheckpointError, EmbeddedModelError, WeightsError, EncodingError) as error:
+    except (ConfigError, CheckpointError, EmbeddedModelError, WeightsError, EncodingError, EndpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

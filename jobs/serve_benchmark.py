@@ -40,6 +40,10 @@ QUESTION = "What do you see now?"
 SIDE_PX = 224
 
 
+class EndpointError(RuntimeError):
+    """The server to be measured did not come up; says why."""
+
+
 @dataclass(frozen=True)
 class Load:
     """Every number of `sessions` in turn: `fps` frames a second each for `seconds`, a question every `ask_every_s`."""
@@ -136,7 +140,7 @@ def measure_all(report: ServeReport, url: str) -> None:
 
 @contextlib.contextmanager
 def endpoint(settings: str, overrides: Sequence[str], url: str | None) -> Iterator[str]:
-    """The address given, or a server of our own for as long as the block lasts. Raises RuntimeError."""
+    """The address given, or a server of our own for as long as the block lasts. Raises EndpointError."""
     if url is not None:
         yield url.rstrip("/")
         return
@@ -146,7 +150,7 @@ def endpoint(settings: str, overrides: Sequence[str], url: str | None) -> Iterat
         assert process.stdout is not None
         found = next((match for line in process.stdout if (match := re.match(r"ready: (\S+)", line))), None)
         if found is None:
-            raise RuntimeError(f"the server did not start (exit status {process.wait()}): {' '.join(command)}")
+            raise EndpointError(f"the server did not start (exit status {process.wait()}): {' '.join(command)}")
         _until_ready(found[1])
         yield found[1]
     finally:
@@ -158,7 +162,7 @@ def _until_ready(url: str) -> None:
     deadline = time.monotonic() + START_S
     while httpx.get(f"{url}/ready", timeout=30).status_code != 200:
         if time.monotonic() > deadline:
-            raise RuntimeError(f"{url} was not ready after {START_S:g} s")
+            raise EndpointError(f"{url} was not ready after {START_S:g} s")
         time.sleep(0.5)
 
 
