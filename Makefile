@@ -37,8 +37,11 @@ train-default: $(INSTALLED)
 	$(RUN) -m jobs.make_streams $(DEFAULT)
 	$(RUN) -m jobs.train $(DEFAULT) training.name=dense model.checkpoint=runs/default/connector $(call MADE,dense) \
 	  training.batch_size=8 training.max_steps=85 training.learning_rate=1e-3 training.connector_learning_rate=2e-4
-	$(RUN) -m jobs.train $(DEFAULT) training.name=long model.checkpoint=runs/default/runs/dense/checkpoint $(call MADE,long)
-	$(RUN) -m jobs.export_checkpoint $(DEFAULT) model.checkpoint=runs/default/runs/long/checkpoint \
+	$(RUN) -m jobs.train $(DEFAULT) training.name=long model.checkpoint=runs/default/runs/dense/checkpoint $(call MADE,long) \
+	  training.max_steps=1000 training.stop_at=220 training.learning_rate=8e-4
+	$(RUN) -m jobs.train $(DEFAULT) training.name=final model.checkpoint=runs/default/runs/long/checkpoint $(call MADE,long) \
+	  training.seed=1
+	$(RUN) -m jobs.export_checkpoint $(DEFAULT) model.checkpoint=runs/default/runs/final/checkpoint \
 	  export.folder=runs/default/model export.replace=true
 	$(RUN) -m jobs.evaluate $(DEFAULT) model.checkpoint=runs/default/model $(call MADE,long) \
 	  evaluation.calibrate=true evaluation.folder=runs/default/evaluation

@@ -197,7 +197,7 @@ def _films(settings: ReportConfig) -> Films | None:
     if settings.scenes is None:
         raise PhotosError("report.cutouts needs report.scenes, photographs of scenes: see docs/default-model.md")
     labels = read_labels(Path(settings.labels))
-    scenes = sorted(Path(settings.scenes).glob("*.jpg"))
+    scenes = [Path(settings.scenes) / name for name in labels.scenes]
     cutouts = Path(settings.cutouts)
     return Films(
         PhotoFilm(cutouts, scenes, labels.known, "dev"),

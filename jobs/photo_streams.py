@@ -30,11 +30,12 @@ class PhotosError(FileNotFoundError):
 
 
 class PhotoLabels(BaseModel):
-    """Acceptable words for each file: of things that the encoder knows, and of others."""
+    """Acceptable words for each file: of things that the encoder knows, and of others; files of empty scenes."""
 
     model_config = ConfigDict(extra="forbid")
 
     source: str
+    scenes: tuple[str, ...]
     known: Mapping[str, tuple[str, ...]]
     unknown: Mapping[str, tuple[str, ...]]
 
@@ -64,10 +65,12 @@ class PhotoFilm:
     ) -> None:
         self.cutouts = cutouts
         self.words = {file: right for file, right in words.items() if half in (None, half_of(file))}
-        missing = [file for file in self.words if not (cutouts / file).is_file()]
-        if missing or not scenes:
-            what = f"{cutouts / missing[0]} and {len(missing) - 1} others" if missing else "photographs of scenes"
-            raise PhotosError(f"{what} are not there: docs/default-model.md says how to get them")
+        missing = [file for file in (*scenes, *(cutouts / file for file in self.words)) if not file.is_file()]
+        if missing:
+            raise PhotosError(
+                f"{len(missing)} photographs are not there, the first is {missing[0]}: "
+                "docs/default-model.md says how to get them"
+            )
         self.scenes = [Image.open(scene).convert("RGB") for scene in scenes]
         for scene in self.scenes:
             scene.thumbnail((900, 900))

@@ -266,7 +266,6 @@ def test_decided_by_the_threshold_alone_a_low_one_keeps_quiet(p_silent: float, s
     assert any(isinstance(entry, ResponseStarted) for entry in entries) is speaks
 
 
-
 def test_queries_left_at_the_end_are_answered_before_the_session_ends() -> None:
     driver = Driver(make_session())
     driver.session.add(Query(query_id="q", text="What was it?", after_seq=-1, time=99.0))
