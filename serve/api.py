@@ -1,7 +1,7 @@
 """The HTTP face of a gateway, put together: routes, keys, limits, the one form of errors, and the WebSocket.
 
 Without an API key only this machine is served; with one every request must bring it (keys.py), but for
-the probes `/health` and `/ready`.
+the probes `/health` and `/ready` and the files of the page (site.py).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, WebSocket
 
-from serve import chat, errors, health, schema, streams, videos
+from serve import chat, errors, health, schema, site, streams, videos
 from serve.access import Client, TheGateway
 from serve.bodies import RequestGuard
 from serve.chat_request import ChatRequest
@@ -29,6 +29,7 @@ def build_api(gateway: Gateway, resolution_px: int, keys: ApiKeys, sources: Sour
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await gateway.start()
         async with gateway.reporter.running():
             yield
         await streamed.close()
@@ -48,6 +49,7 @@ def build_api(gateway: Gateway, resolution_px: int, keys: ApiKeys, sources: Sour
     streamed = api.state.streams = streams.Streams(gateway, api.state.guard, resolution_px)
     api.add_middleware(RequestGuard, gateway=gateway)
     errors.install(api)
+    api.include_router(site.router)
     for router in (health.open_router, health.router, schema.router, videos.router, chat.router, streams.router):
         api.include_router(router)
 

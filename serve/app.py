@@ -228,6 +228,7 @@ def main(arguments: list[str] | None = None) -> int:
     end_at_once_on_signal()
     try:
         with running(_asked_for(options), log_to_driver=True) as url:
+            print(f"cluster: RAY_ADDRESS={ray.get_runtime_context().gcs_address} for python -m serve.drain", flush=True)
             print(f"ready: {url} (WebSocket {url.replace('http', 'ws', 1)}/v1/realtime); Ctrl-C ends it", flush=True)
             asyncio.run(interruptible(asyncio.Event().wait()))
     except Stopped as stopped:

@@ -15,8 +15,6 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
 from actors.bus import Bus, BusError
 from actors.gateway_side import resume_too_late
 from actors.messages import (
@@ -30,7 +28,6 @@ from actors.messages import (
     ResponseStarted,
     SessionSettings,
     SettingsChange,
-    TolerantSettings,
 )
 from actors.messages import SessionEnded as SessionEndedEntry
 from serve.client_events import ClientError, DropPolicy, SessionPatch
@@ -38,8 +35,9 @@ from serve.counts import Counts, NotedCounts, Outcome
 from serve.frame_buffer import FrameBuffer
 from serve.keys import LOCAL
 from serve.metrics import GatewayMeters
+from serve.preferences import Preferences, patched, shown
 from serve.recording import Asked, Changed, Finished, Interrupted, Opened, Recorder
-from serve.server_events import ServerEvent, SessionEnded, SessionInfo, Statistics, Usage, VideoInfo, WindowInfo
+from serve.server_events import ServerEvent, SessionEnded, SessionInfo, Statistics, Usage
 from serve.translation import Translator
 
 log = logging.getLogger(__name__)
@@ -52,17 +50,6 @@ PAGE = 64
 
 class NoCapacity(Exception):
     """No LLM replica took the session in time."""
-
-
-class Preferences(BaseModel):
-    """What a client chose and only gateways need, kept in Redis for the next one. `opened` is Unix time."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    settings: TolerantSettings
-    include: list[str]
-    drop_policy: DropPolicy
-    opened: float
 
 
 @contextmanager
@@ -150,20 +137,7 @@ class Conversation:
 
     def info_of(self, settings: SessionSettings) -> SessionInfo:
         """Those settings as clients see them."""
-        window = WindowInfo(trigger=settings.window_trigger, keep=settings.window_keep)
-        return SessionInfo(
-            id=self.id,
-            model=self._fingerprint,
-            instructions=settings.instructions,
-            max_output_tokens=settings.max_response_tokens,
-            include=sorted(self.include),
-            video=VideoInfo(
-                fps=settings.fps,
-                threshold=settings.threshold,
-                drop_policy=self.drop_policy,
-                window=window if window != WindowInfo() else None,
-            ),
-        )
+        return shown(self.id, self._fingerprint, settings, self.include, self.drop_policy)
 
     async def open(self) -> None:
         """Create the session's log. Settings given before are those it starts with."""
@@ -206,7 +180,7 @@ class Conversation:
 
         True when the model's settings change in the middle of the session, so that the log will tell.
         """
-        settings = _patched(self.settings, patch)
+        settings = patched(self.settings, patch)
         changed = settings != self.settings
         if changed and self.opened:
             await self._say(SettingsChange(after_seq=self.counts.admitted - 1, settings=settings))
@@ -447,22 +421,3 @@ def _recorded(message: Query | Interrupt | SettingsChange) -> Asked | Changed | 
     if isinstance(message, Query):
         return Asked(id=message.query_id, text=message.text, video_time=message.time)
     return Changed(settings=message.settings) if isinstance(message, SettingsChange) else Interrupted()
-
-
-def _patched(settings: SessionSettings, patch: SessionPatch) -> SessionSettings:
-    """`settings` with what `patch` gives. Raises ClientError when they do not fit together."""
-    video = patch.video
-    window = video.window if video else None
-    changes = {
-        "instructions": patch.instructions,
-        "max_response_tokens": patch.most_tokens,
-        "threshold": video.threshold if video else None,
-        "fps": video.fps if video else None,
-        "window_trigger": window.trigger if window else None,
-        "window_keep": window.keep if window else None,
-    }
-    given = {name: value for name, value in changes.items() if value is not None}
-    try:
-        return SessionSettings.model_validate({**settings.model_dump(), **given})
-    except ValidationError as error:
-        raise ClientError("bad_value", error.errors()[0]["msg"], "session") from None

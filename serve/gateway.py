@@ -129,8 +129,6 @@ class Gateway:
 
         It ends with the block unless it is `resumable`. Raises Full, and BusError where it cannot be resumed.
         """
-        if self._watching is None:
-            self._watching = asyncio.create_task(self._watch(await self.bus.clock_ms()))
         if len(self._conversations) >= self.limits.connections:
             raise Full(f"{len(self._conversations)} clients are connected, the most this gateway takes: try later")
         conversation = Conversation(
@@ -176,7 +174,7 @@ class Gateway:
         """What every replica says of itself, by role. Raises BusError."""
         found: Stats = {"gateways": [], "encoders": [], "llms": []}
         for report in await self.reports():
-            told = {"name": report.name, "pid": report.pid, "at": report.at, **report.stats}
+            told: dict[str, object] = {"name": report.name, "pid": report.pid, "at": report.at, **report.stats}
             found[f"{report.role}s"].append(told)
         return found
 
@@ -205,6 +203,10 @@ class Gateway:
     async def free_place(self, conversation: Conversation) -> None:
         """The session is over, or was never begun."""
         await self.bus.free_place(conversation.client, conversation.id)
+
+    async def start(self) -> None:
+        """Begin to look after sessions. A drain that was announced before concerns other gateways."""
+        self._watching = asyncio.create_task(self._watch(await self.bus.clock_ms()))
 
     async def close(self) -> None:
         """Stop looking after sessions."""

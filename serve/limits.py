@@ -35,7 +35,6 @@ class LimitsConfig(Section):
     message_bytes: int = Field(default=6 << 20, ge=1024, le=SERVES_LARGEST_MESSAGE)
     frame_pixels: int = Field(default=MAX_PIXELS, ge=1, le=MAX_PIXELS)
     question_chars: int = Field(default=4096, ge=1)
-    questions_waiting: int = Field(default=16, ge=1)
     upload_bytes: int = Field(default=512 << 20, ge=1)
     body_bytes: int = Field(default=64 << 20, ge=1)
     body_s: float = Field(default=900.0, gt=0)

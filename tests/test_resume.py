@@ -29,7 +29,7 @@ BEARER = {"Authorization": f"Bearer {KEY}"}
 @pytest.fixture(scope="module")
 def app(tiny: dict[str, object], redis_url: str) -> Iterator[Application]:
     """Two gateways for holders of two keys."""
-    with running(tiny, redis_url, [KEY, OTHER_KEY], gateways=2) as application:
+    with running(tiny, redis_url, [KEY, OTHER_KEY], gateways=2, resume_s=600) as application:
         yield application
 
 

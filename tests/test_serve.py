@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -35,6 +36,7 @@ from actors.messages import FrameTokens, encode
 from serve.server_events import (
     ErrorEvent,
     FrameDecided,
+    GoingAway,
     ItemAdded,
     SessionCreated,
     SessionEnded,
@@ -61,16 +63,17 @@ CALIBRATION = Calibration(
 
 @dataclass(frozen=True)
 class Server:
-    """The running application: its address and how to reach its Redis."""
+    """The running application: its address, its cluster's, and how to reach its Redis."""
 
     url: str
+    cluster: str
     redis_url: str
     bus: BusConfig
     marked: Marked
 
 
-def start(config: Path, **environment: str) -> tuple[subprocess.Popen[str], str]:
-    """`python -m serve.app`, and its address once it is up."""
+def start(config: Path, **environment: str) -> tuple[subprocess.Popen[str], str, str]:
+    """`python -m serve.app`, its address once it is up, and that of its cluster."""
     process = subprocess.Popen(
         [sys.executable, "-m", "serve.app", str(config), "serve.port=0"],
         stdout=subprocess.PIPE,
@@ -83,7 +86,8 @@ def start(config: Path, **environment: str) -> tuple[subprocess.Popen[str], str]
     for line in process.stdout:
         lines.append(line)
         if line.startswith("ready: "):
-            return process, line.split()[1]
+            [cluster] = [found for line in lines for found in re.findall(r"RAY_ADDRESS=(\S+)", line)]
+            return process, line.split()[1], cluster
     raise AssertionError(f"the application ended with {process.wait()} and said {''.join(lines)}")
 
 
@@ -108,9 +112,9 @@ def server(
     bus = {"prefix": prefix, "resume_s": RESUME_S}
     path = settings_file(folder, model, bus=bus, serve={"gateways": 2})
     marked = Marked()
-    process, url = start(path, REDIS_URL=redis_url, **marked.environment)
+    process, url, cluster = start(path, REDIS_URL=redis_url, **marked.environment)
     try:
-        yield Server(url, redis_url, BusConfig(prefix=prefix), marked)
+        yield Server(url, cluster, redis_url, BusConfig(prefix=prefix), marked)
     finally:
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)
@@ -361,3 +365,25 @@ def resumed(url: str, session_id: str, after: int | None) -> Iterator[LiveClient
                 if time.monotonic() > deadline:
                     raise
         yield client
+
+
+@pytest.mark.slow
+def test_the_drain_command_sends_clients_away_and_they_go_on_when_it_is_called_off(server: Server) -> None:
+    command = [sys.executable, "-m", "serve.drain"]
+    environment = {**os.environ, "RAY_ADDRESS": server.cluster}
+    with live(server.url) as client:
+        session_id = client.until(SessionCreated).session.id
+        client.configure(video={"drop_policy": "block"})
+        client.frame(0)
+        client.until(FrameDecided)
+        draining = subprocess.Popen([*command, "--notice", "10"], env=environment, stdout=subprocess.DEVNULL)
+        assert client.until(GoingAway).seconds > 5
+        client.frame(1)
+        client.until(FrameDecided)
+        assert client.closed() == (1012, "going_away")
+    assert draining.wait(timeout=120) == 0
+    subprocess.run([*command, "--cancel"], env=environment, check=True, timeout=120)
+    with resumed(server.url, session_id, client.logged[-1].position) as again:
+        again.frame(2)
+        again.end()
+    assert [*client.decided(), *again.decided()] == [(0, 0.0), (1, 1.0), (2, 2.0)]

@@ -1,0 +1,59 @@
+"""What a client chose for its session: patched, shown back, and kept in Redis for the next gateway."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from actors.messages import SessionSettings, TolerantSettings
+from serve.client_events import ClientError, DropPolicy, SessionPatch
+from serve.server_events import SessionInfo, VideoInfo, WindowInfo
+
+
+class Preferences(BaseModel):
+    """What is chosen at the moment, by any gateway's account. `opened` is Unix time."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    settings: TolerantSettings
+    include: list[str]
+    drop_policy: DropPolicy
+    opened: float
+
+
+def patched(settings: SessionSettings, patch: SessionPatch) -> SessionSettings:
+    """`settings` with what `patch` gives. Raises ClientError when they do not fit together."""
+    video = patch.video
+    window = video.window if video else None
+    changes = {
+        "instructions": patch.instructions,
+        "max_response_tokens": patch.most_tokens,
+        "threshold": video.threshold if video else None,
+        "fps": video.fps if video else None,
+        "window_trigger": window.trigger if window else None,
+        "window_keep": window.keep if window else None,
+    }
+    given = {name: value for name, value in changes.items() if value is not None}
+    try:
+        return SessionSettings.model_validate({**settings.model_dump(), **given})
+    except ValidationError as error:
+        raise ClientError("bad_value", error.errors()[0]["msg"], "session") from None
+
+
+def shown(
+    session_id: str, model: str, settings: SessionSettings, include: frozenset[str], drop_policy: DropPolicy
+) -> SessionInfo:
+    """Settings as clients see them."""
+    window = WindowInfo(trigger=settings.window_trigger, keep=settings.window_keep)
+    return SessionInfo(
+        id=session_id,
+        model=model,
+        instructions=settings.instructions,
+        max_output_tokens=settings.max_response_tokens,
+        include=sorted(include),
+        video=VideoInfo(
+            fps=settings.fps,
+            threshold=settings.threshold,
+            drop_policy=drop_policy,
+            window=window if window != WindowInfo() else None,
+        ),
+    )
