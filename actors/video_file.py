@@ -163,6 +163,8 @@ def _video_stream(path: Path, container: InputContainer, max_pixels: int = MAX_P
     if stream.time_base is None:
         raise VideoError(f"{path}: its video stream has no time base, expected timed frames")
     codec = stream.codec_context
+    if codec is None:
+        raise VideoError(f"{path}: its video stream is of a codec that cannot be decoded here")
     if codec.width * codec.height > max_pixels:
         raise VideoError(
             f"{path}: pictures of {codec.width}x{codec.height} pixels, at most {max_pixels:,} in all are decoded"

@@ -133,8 +133,8 @@ class Ingest:
     def _frames(self, container: InputContainer, finite: bool) -> Iterator[tuple[float, bytes]]:
         """Of one connection. What has an end counts its own time, the rest the time since the beginning."""
         stream = container.streams.best("video")
-        if not isinstance(stream, VideoStream):
-            raise SourceError(f"{self.source.shown} holds no video stream")
+        if not isinstance(stream, VideoStream) or stream.codec_context is None:
+            raise SourceError(f"{self.source.shown} holds no video stream that can be decoded")
         stream.thread_count = 1
         stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
         base = 0.0 if finite else time.monotonic() - self.started
