@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
-from dataclasses import dataclass, field
 
-import hypothesis.strategies as st
 import pytest
-from hypothesis import settings as hypothesis_settings
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from redis.asyncio import Redis
 
 from actors import scripts
-from actors.bus import Bus, BusConfig, Lease
+from actors.bus import Bus, Lease
 from actors.messages import (
     FramesDecided,
-    FrameSkipped,
     Interrupt,
     MessageError,
     Query,
@@ -307,113 +301,3 @@ async def test_sessions_that_expired_leave_no_lease_behind(bus: Bus, redis_url: 
         await redis.delete(*bus.session_keys("a"))
         assert await claim(bus, "a") == []
         assert await redis.zcard(bus.keys.leases(partition)) == 0
-
-
-@dataclass
-class Replica:
-    bus: Bus
-    leases: list[Lease] = field(default_factory=list)
-
-
-class Ownership(RuleBasedStateMachine):
-    """Replicas claim, renew, append, retry, release and fall asleep, in any order and at any time."""
-
-    url = ""
-    replicas = Bundle("replicas")
-
-    @initialize()
-    def open(self) -> None:
-        self.runner = asyncio.Runner()
-        self.config = BusConfig(prefix=f"machine-{secrets.token_hex(4)}:", partitions=1, lease_ms=1000)
-        self.buses: list[Bus] = []
-        self.redis = Redis.from_url(self.url)
-        self.run(self.redis.set("hand-clock", 1_000_000))
-        self.gateway = self.connect()
-        self.run(opened(self.gateway, "s"))
-        self.written: list[int] = []
-        self.epoch, self.deadline, self.time = 0, 0, 0
-        self.held_by: Replica | None = None
-
-    def run(self, work):
-        return self.runner.run(work)
-
-    def connect(self) -> Bus:
-        self.buses.append(self.run(Bus.connect(self.config, self.url)))
-        return self.buses[-1]
-
-    @rule(target=replicas)
-    def start(self) -> Replica:
-        return Replica(self.connect())
-
-    @rule(ms=st.sampled_from([1, 400, 999, 1000, 5000]))
-    def wait(self, ms: int) -> None:
-        self.run(self.redis.incrby("hand-clock", ms))
-        self.time += ms
-
-    @rule(replica=replicas)
-    def claim(self, replica: Replica) -> None:
-        found = self.run(replica.bus.claim("replica", "model-a", 0, 1))
-        assert bool(found) == (self.time >= self.deadline)
-        for lease in found:
-            assert lease.epoch > self.epoch
-            self.epoch, self.deadline = lease.epoch, self.time + 1000
-            self.held_by = replica
-            replica.leases.append(lease)
-
-    @rule(replica=replicas, data=st.data())
-    def renew(self, replica: Replica, data: st.DataObject) -> None:
-        if replica.leases:
-            lease = data.draw(st.sampled_from(replica.leases))
-            lost = self.run(replica.bus.renew([lease]))
-            assert bool(lost) == (not self.owns(replica, lease))
-            if not lost:
-                self.deadline = self.time + 1000
-
-    @rule(replica=replicas, data=st.data())
-    def release(self, replica: Replica, data: st.DataObject) -> None:
-        if replica.leases:
-            lease = data.draw(st.sampled_from(replica.leases))
-            released = self.run(replica.bus.release(lease))
-            assert released == self.owns(replica, lease)
-            if released:
-                self.held_by, self.deadline = None, 0
-
-    @rule(replica=replicas, count=st.integers(1, 3), behind=st.integers(-1, 4), data=st.data())
-    def append(self, replica: Replica, count: int, behind: int, data: st.DataObject) -> None:
-        if replica.leases:
-            lease, position = data.draw(st.sampled_from(replica.leases)), len(self.written) - behind
-            if position < 0:
-                return
-            entries = [FrameSkipped(seq=lease.epoch, time=0.0, reason="written") for _ in range(count)]
-            answer = self.run(replica.bus.append(lease, position, entries, decided=0))
-            if not self.owns(replica, lease):
-                assert answer == "stale"
-            elif behind == 0:
-                assert answer == "ok"
-                self.written += [lease.epoch] * count
-            else:
-                assert answer == ("duplicate" if position + count <= len(self.written) else "stale")
-
-    def owns(self, replica: Replica, lease: Lease) -> bool:
-        return self.held_by is replica and lease.epoch == self.epoch
-
-    @invariant()
-    def the_log_is_what_owners_wrote_in_order(self) -> None:
-        log = self.run(self.gateway.read_log("s"))
-        assert [position for position, _ in log] == list(range(len(self.written)))
-        assert [entry.seq for _, entry in log] == self.written == sorted(self.written)
-
-    def teardown(self) -> None:
-        for bus in self.buses:
-            self.run(bus.close())
-        self.run(self.redis.aclose())
-        self.runner.close()
-
-
-def test_whatever_replicas_do_only_the_owner_writes(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scripts, "CLOCK", HAND_CLOCK)
-    monkeypatch.setattr(Ownership, "url", redis_url)
-    run_state_machine_as_test(
-        Ownership,
-        settings=hypothesis_settings(max_examples=40, stateful_step_count=30, deadline=None, database=None),
-    )
