@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import httpx
 from websockets.sync.client import ClientConnection, connect
 
 DEADLINE_S = 120.0
@@ -30,9 +31,9 @@ FLAGS = [
     "--no-first-run",
     "--autoplay-policy=no-user-gesture-required",
     "--use-fake-device-for-media-stream",
+    "--use-fake-ui-for-media-stream",
     "--remote-debugging-port=0",
 ]
-ALLOWED = "--use-fake-ui-for-media-stream"
 
 
 def program() -> str | None:
@@ -81,15 +82,16 @@ class Tab:
         assert isinstance(value, dict)
         return value.get("value")
 
-    def until(self, script: str) -> object:
-        """The value of an expression once it is true. Fails after two minutes."""
-        deadline = time.monotonic() + DEADLINE_S
+    def until(self, script: str, deadline_s: float = DEADLINE_S) -> object:
+        """The value of an expression once it is true. Fails after `deadline_s`."""
+        deadline = time.monotonic() + deadline_s
         while not (value := self.run(script)):
             assert time.monotonic() < deadline, f"never came true: {script}\n{self.text('body')}\n{self.log}"
             time.sleep(LOOK_AGAIN_S)
         return value
 
     def open(self, url: str) -> None:
+        self.log.clear()
         self.call("Page.navigate", url=url)
         self.until("document.readyState === 'complete' && location.href !== 'about:blank'")
 
@@ -148,6 +150,10 @@ class Tab:
         wanted = [{"name": name.replace("_", "-"), "value": value} for name, value in features.items()]
         self.call("Emulation.setEmulatedMedia", features=wanted)
 
+    def permit(self, name: str, setting: str) -> None:
+        """A permission as a person sets it: granted or denied."""
+        self.call("Browser.setPermission", permission={"name": name}, setting=setting)
+
     def picture(self, path: Path) -> None:
         """Write what the window shows as PNG."""
         data = self.call("Page.captureScreenshot", format="png")["data"]
@@ -155,13 +161,13 @@ class Tab:
 
 
 @contextmanager
-def chromium(folder: Path, allow_camera: bool = True) -> Iterator[Tab]:
+def chromium(folder: Path) -> Iterator[Tab]:
     """A browser of its own with an empty profile in `folder`, and a camera that shows a made-up picture."""
     path = program()
     assert path is not None, "no Chromium here"
     profile, downloads = folder / "profile", folder / "downloads"
     downloads.mkdir(parents=True)
-    flags = [*FLAGS, f"--user-data-dir={profile}", *([ALLOWED] if allow_camera else ["--deny-permission-prompts"])]
+    flags = [*FLAGS, f"--user-data-dir={profile}"]
     with (folder / "chromium.log").open("wb") as log:
         process = subprocess.Popen([path, *flags, "about:blank"], stdout=log, stderr=log)
         try:
@@ -178,8 +184,6 @@ def chromium(folder: Path, allow_camera: bool = True) -> Iterator[Tab]:
 
 def _address(profile: Path, process: subprocess.Popen[bytes]) -> str:
     """The WebSocket of the first tab, once it is there."""
-    import httpx
-
     deadline = time.monotonic() + DEADLINE_S
     while time.monotonic() < deadline:
         assert process.poll() is None, f"Chromium ended with {process.returncode}: see {profile.parent}/chromium.log"

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 from application import Application, running
-from browser import Tab, chromium, program
+from browser import DEADLINE_S, LOOK_AGAIN_S, Line, Tab, chromium, program
+from live_client import live
 
+from jobs.annotations import read_webvtt
+from serve.server_events import SessionCreated
 from serve.site import FOLDER, TYPES
 
 KEY = "the-right-key"
 DECIDED = "Number(document.getElementById('decided').textContent) >= "
 LINES = "document.querySelectorAll('#transcript li.assistant:not([hidden])').length >= "
+
+NOTICE = "document.getElementById('notice-text').textContent"
+NAME_OF_FOCUS = "document.activeElement.id || document.activeElement.value || document.activeElement.tagName"
+OUTLINE_OF_FOCUS = """(() => { const focus = document.activeElement;
+    const shown = focus.type === 'radio' ? focus.nextElementSibling : focus;
+    return getComputedStyle(shown).outlineStyle; })()"""
 
 in_a_browser = [
     pytest.mark.slow,
@@ -31,11 +41,56 @@ def app(tiny: dict[str, object], redis_url: str) -> Iterator[Application]:
         yield application
 
 
-@pytest.fixture
-def tab(tmp_path: Path) -> Iterator[Tab]:
-    """A browser whose camera is allowed."""
-    with chromium(tmp_path / "browser") as tab:
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
+    """One browser for all tests here."""
+    with chromium(tmp_path_factory.mktemp("browser")) as tab:
         yield tab
+
+
+@pytest.fixture
+def tab(browser: Tab) -> Iterator[Tab]:
+    """The browser in a window of its own size, which leaves the page after the test."""
+    browser.size(1280, 860)
+    yield browser
+    browser.call("Page.navigate", url="about:blank")
+
+
+@pytest.fixture(scope="module")
+def uncut(app: Application, browser: Tab, sample_video: Path) -> str:
+    """What is exported of the sample video when nothing happens to the connection."""
+    browser.open(app.url)
+    watch_file(browser, sample_video)
+    assert browser.log == []
+    return exported(browser)
+
+
+def watch_file(tab: Tab, video: Path, cut: Line | None = None) -> None:
+    """Let a file be watched to its end as fast as the model can; `cut` breaks its connections on the way."""
+    tab.click("input[value=file]")
+    tab.choose_file("#file", video)
+    tab.run("for (const [id, value] of [['fps', '1'], ['pace', 'fast']]) document.getElementById(id).value = value")
+    tab.click("#start")
+    for share in (0.2, 0.5, 0.8) if cut else ():
+        tab.until(DECIDED + f"{share} * document.getElementById('player').duration")
+        assert cut is not None
+        assert cut.cut() > 0
+        tab.until("document.getElementById('connection').dataset.state === 'reconnecting'")
+    tab.until("document.getElementById('connection').dataset.state === 'ended'")
+    frames = tab.run("Math.ceil(document.getElementById('player').duration)")
+    assert (tab.text("#decided"), tab.text("#dropped")) == (str(frames), "0")
+
+
+def exported(tab: Tab) -> str:
+    """The file that the button leaves among the downloads."""
+    target = tab.downloads / "transcript.vtt"
+    target.unlink(missing_ok=True)
+    tab.click("#export")
+    deadline = time.monotonic() + DEADLINE_S
+    while not target.is_file():
+        assert time.monotonic() < deadline, "nothing was downloaded"
+        time.sleep(LOOK_AGAIN_S)
+    return target.read_text()
 
 
 def test_every_file_of_the_page_is_served_without_a_key_under_a_strict_policy(
@@ -77,10 +132,156 @@ class TestInABrowser:
 
     pytestmark = in_a_browser
 
-    def test_a_camera_streams_and_lines_and_decisions_appear(self, app: Application, tab: Tab) -> None:
+    def test_a_camera_streams_and_what_is_said_is_shown_and_read_aloud(self, app: Application, tab: Tab) -> None:
         tab.open(app.url)
+        tab.run("window.aloud = []; speechSynthesis.speak = (utterance) => aloud.push(utterance.text)")
+        tab.click("#speech")
         tab.click("#start")
-        tab.until(DECIDED + "5")
         tab.until(LINES + "1")
+        line = tab.until("aloud[0]")
+        assert line in tab.text("#transcript")
+        assert tab.run("document.getElementById('spoken').textContent")
+        tab.until(DECIDED + "5")
         assert tab.text("#connection") == "connected"
+        tab.click("#question")
+        tab.type("What is <b>there</b>?")
+        tab.key("Enter", "\r")
+        tab.until(
+            "[...document.querySelectorAll('.user[data-state=done] .text')].some((e) => e.textContent.includes('<b>'))"
+        )
+        tab.click("#start")
+        tab.until("document.getElementById('connection').dataset.state === 'ended'")
         assert tab.log == []
+
+    def test_a_dragged_threshold_decides_from_then_on(self, app: Application, tab: Tab) -> None:
+        """The tiny model is nearly always sure of silence: only the highest threshold makes it speak unasked."""
+        tab.open(app.url)
+        tab.run("document.getElementById('opening').value = ''; document.getElementById('threshold').focus()")
+        tab.key("Home")
+        tab.click("#start")
+        tab.until(DECIDED + "4")
+        assert not tab.run(LINES + "1")
+        tab.drag("#threshold", 0)
+        assert tab.run("document.getElementById('threshold').getAttribute('aria-valuenow')") == "1"
+        tab.until(LINES + "2")
+        tab.run(
+            """new MutationObserver(() => {
+                const button = document.getElementById('interrupt');
+                if (!button.disabled) button.click();
+            }).observe(document.getElementById('interrupt'), {attributes: true})"""
+        )
+        tab.until("document.querySelector('#transcript').textContent.includes('interrupted')")
+        tab.run("document.getElementById('threshold').focus()")
+        tab.key("Home")
+        tab.until("!document.getElementById('threshold').classList.contains('pending')")
+        tab.until("document.getElementById('interrupt').disabled")
+        said = tab.run("document.querySelectorAll('#transcript li.assistant').length")
+        decided = tab.run("Number(document.getElementById('decided').textContent)")
+        tab.until(DECIDED + f"{decided} + 4")
+        assert tab.run("document.querySelectorAll('#transcript li.assistant').length") == said
+
+    def test_every_frame_of_a_file_is_decided_and_the_transcript_exported(
+        self, uncut: str, tab: Tab, app: Application, sample_video: Path, tmp_path: Path
+    ) -> None:
+        target = tmp_path / "transcript.vtt"
+        target.write_text(uncut)
+        moments = [moment for video in read_webvtt(target) for moment in video.moments]
+        assert moments
+        assert "NOTE 0:00 asked: Please narrate the video in real time." in uncut
+
+    def test_a_connection_cut_again_and_again_changes_nothing(
+        self, uncut: str, tab: Tab, app: Application, sample_video: Path
+    ) -> None:
+        line = Line(app.url)
+        try:
+            tab.open(line.url)
+            watch_file(tab, sample_video, cut=line)
+            assert exported(tab) == uncut
+        finally:
+            line.close()
+
+    def test_a_wrong_key_and_a_full_server_are_said_in_words(
+        self, tab: Tab, tiny: dict[str, object], redis_url: str
+    ) -> None:
+        with running(tiny, redis_url, [KEY], sessions=1) as app:
+            tab.open(app.url)
+            for key, words in (("", "needs an API key"), ("wrong", "does not know this key")):
+                tab.run(f"document.getElementById('key').value = '{key}'")
+                tab.click("#start")
+                tab.until(NOTICE + f".includes('{words}')")
+                assert tab.run("document.getElementById('key-box').open")
+                assert tab.text("#start") == "Start"
+            tab.run(f"document.getElementById('key').value = '{KEY}'")
+            with live(app.url, Authorization=f"Bearer {KEY}") as other:
+                other.until(SessionCreated)
+                tab.click("#start")
+                tab.until(NOTICE + ".includes('server is full')")
+                other.configure()
+                other.end()
+            tab.click("#start")
+            tab.until(DECIDED + "2")
+            assert not tab.run(NOTICE)
+            tab.click("#start")
+            tab.until("document.getElementById('connection').dataset.state === 'ended'")
+
+    def test_a_refused_camera_is_said_in_words(self, app: Application, tab: Tab) -> None:
+        tab.open(app.url)
+        tab.run(
+            """navigator.mediaDevices.getUserMedia = async () => {
+                throw new DOMException('Permission denied', 'NotAllowedError');
+            }"""
+        )
+        tab.click("#start")
+        tab.until(NOTICE + ".includes('camera was refused')")
+        assert tab.text("#start") == "Start"
+
+    def test_a_file_that_is_no_video_is_said_in_words(self, app: Application, tab: Tab, tmp_path: Path) -> None:
+        tab.open(app.url)
+        tab.click("input[value=file]")
+        tab.click("#start")
+        tab.until(NOTICE + ".includes('Choose a video file first')")
+        no_video = tmp_path / "text.mp4"
+        no_video.write_text("no video")
+        tab.choose_file("#file", no_video)
+        tab.click("#start")
+        tab.until(NOTICE + ".includes('cannot play the file')")
+        assert tab.text("#start") == "Start"
+
+    def test_a_screen_is_watched(self, app: Application, tab: Tab) -> None:
+        tab.open(app.url)
+        tab.click("input[value=screen]")
+        tab.click("#start")
+        tab.until(DECIDED + "2")
+
+    def test_keys_alone_do_everything_on_a_phone(self, app: Application, tab: Tab) -> None:
+        tab.size(360, 740, phone=True)
+        tab.open(app.url)
+        reached = list[str]()
+        while "interrupt" not in reached and len(reached) < 40:
+            tab.key("Tab")
+            reached.append(str(tab.run(NAME_OF_FOCUS)))
+            outline = tab.run(OUTLINE_OF_FOCUS) if reached[-1] != "BODY" else "the browser's own"
+            assert outline != "none", f"{reached[-1]} has no visible focus"
+            if reached[-1] == "start":
+                tab.key("Enter", "\r")
+                tab.until(DECIDED + "1")
+            if reached[-1] == "question":
+                tab.type("And now?")
+                tab.key("Enter", "\r")
+        wanted = {"camera", "fps", "opening", "start", "speech", "export", "transcript", "question", "send"}
+        assert wanted <= set(reached)
+        tab.until(LINES + "1")
+        assert tab.run("document.documentElement.scrollWidth") == 360
+        small = tab.run(
+            """[...document.querySelectorAll('button, select, input')].filter((element) => {
+                const {width, height} = element.getBoundingClientRect();
+                return width && height && !element.matches('.time, #speech') && (height < 32 || width < 24);
+            }).map((element) => element.id || element.value)"""
+        )
+        assert small == []
+        unnamed = tab.run(
+            """[...document.querySelectorAll('button, select, input, video, canvas, [role]')].filter((element) =>
+                !(element.labels?.length || element.getAttribute('aria-label') || element.textContent.trim()
+                  || element.matches('[role=status], [role=alert], .time'))).map((element) => element.outerHTML)"""
+        )
+        assert unnamed == []

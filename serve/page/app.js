@@ -143,7 +143,7 @@ class Run {
 
   /** The file waits where its lines are not known yet. */
   hold() {
-    if (!this.isFile || this.feed.pace !== "playback") return;
+    if (!this.isFile || this.feed?.pace !== "playback") return;
     const through = this.finished ? Infinity : this.decidedTo + 1 / fps();
     if (!this.held && !player.paused && player.currentTime > through + HOLD_BEHIND_S) {
       this.held = true;
@@ -196,7 +196,10 @@ class Run {
   #told({ session, position, type }) {
     if (!slider.touched) slider.show(session.video.threshold);
     // Changes in the middle of a stream are in force where the log says so.
-    if (position !== undefined || type === "session.created" || this.decided === 0) curve.applied = session.video.threshold;
+    if (position !== undefined || type === "session.created" || this.decided === 0) {
+      curve.applied = session.video.threshold;
+      slider.inForce = session.video.threshold;
+    }
   }
 
   #frameDecided({ video_time: time, p_silent: p }) {

@@ -136,6 +136,7 @@ export class Curve {
 /** The line over the plot: dragged by pointer, moved by keys, announced as a slider. `chosen(value)` hears of both. */
 export class ThresholdSlider {
   #value = 0.7;
+  #inForce = null;
   #plot;
   #line;
   #label;
@@ -162,6 +163,12 @@ export class ThresholdSlider {
     return this.#value;
   }
 
+  /** The threshold that decides; until it is the one chosen, the line is dashed. */
+  set inForce(value) {
+    this.#inForce = value;
+    this.#mark();
+  }
+
   /** Put the line there without telling anybody. */
   show(value) {
     this.#value = Math.min(1, Math.max(0, Math.round(value * 1000) / 1000));
@@ -170,7 +177,12 @@ export class ThresholdSlider {
     this.#line.setAttribute("aria-valuenow", this.#value);
     this.#line.setAttribute("aria-valuetext", `speaks below ${this.#value.toFixed(2)}`);
     this.#label.textContent = this.#value.toFixed(2);
-    this.#line.classList.toggle("high", this.#value > 0.85);
+    this.#mark();
+  }
+
+  #mark() {
+    const pending = this.#inForce !== null && Math.abs(this.#inForce - this.#value) > 0.001;
+    this.#line.classList.toggle("pending", pending);
   }
 
   #at(clientY) {
