@@ -29,7 +29,8 @@ def start_connector(
     Raises ValueError where the hidden layer is too small for a unit a name.
     """
     first, last = connector[0], connector[2]
-    assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
+    assert isinstance(first, nn.Linear)
+    assert isinstance(last, nn.Linear)
     weight, bias, owner = units(classifier, first.out_features)
     words = torch.stack([_mean_embedding(name, tokenizer, embeddings) for name in classifier.names]).to(last.weight)
     middle = words.mean(0)

@@ -11,6 +11,7 @@ classifier's name whenever the picture changes, one with a stock sentence. The r
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import logging
@@ -28,6 +29,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from actors.backends import build_engine, load_model
+from actors.calibration import Calibration, write_calibration
+from actors.checkpoint import checkpoint_folder
 from actors.config import Config, ConfigError, ModelConfig, Section
 from actors.efficientnet import load_embedded
 from actors.encoder import FrameEncoder
@@ -40,6 +43,7 @@ from jobs.class_fields import Classifier
 from jobs.controls import SENTENCE, frame_changes
 from jobs.event_metrics import (
     NOTHING,
+    WINDOW,
     Event,
     Said,
     event_scores,
@@ -51,7 +55,7 @@ from jobs.event_metrics import (
 from jobs.made_streams import StreamMaker
 from jobs.make_streams import StreamsConfig, material, misread
 from jobs.object_names import with_article
-from jobs.photo_streams import GONE, PhotoFilm, PhotosError, PhotoStream, read_labels
+from jobs.photo_streams import GONE, PhotoFilm, PhotosError, read_labels
 from jobs.program import run
 from jobs.replay import FrameChunk, Question, Recording, Transcript, replay
 
@@ -77,6 +81,10 @@ class ReportConfig(Section):
     unknown_streams: int = Field(default=6, ge=1, description="of photographs of things without a name")
     quiet_hours: float = Field(default=10, ge=0)
     threshold: float | None = Field(default=None, description="null is the checkpoint's own")
+    thresholds: tuple[float, ...] = Field(default=(0.3, 0.4, 0.5, 0.6, 0.7, 0.8), description="to calibrate with")
+    calibrate: bool = Field(
+        default=False, description="store in the checkpoint the one that is best on the photographs' dev half"
+    )
     at_once: int = Field(default=4, ge=1, description="streams in one step of the engine")
 
 
@@ -106,7 +114,10 @@ class Reporter:
         self.classifier = Classifier(load_embedded())
         loaded = load_model(config)
         self.engine: Engine = build_engine(loaded.model, loaded.template, engine)
+        self.fingerprint = loaded.fingerprint
         threshold = self.settings.threshold if self.settings.threshold is not None else loaded.threshold
+        if threshold is None and self.settings.calibrate:
+            threshold = self.settings.thresholds[0]
         if threshold is None:
             raise ConfigError(
                 f"model.checkpoint {config.model.checkpoint} has no threshold: run jobs.evaluate, which chooses one, "
@@ -160,11 +171,18 @@ def report(config: Config) -> None:
     reporter = Reporter(config)
     settings = reporter.settings
     films = _films(settings)
-    results: dict[str, object] = {"threshold": reporter.threshold}
+    results: dict[str, object] = {}
     change = CHANGES[1]
     if films is not None:
-        change = _best_change(reporter, [films.dev.stream(seed) for seed in range(settings.dev_streams)])
-    results["change_detector"] = change
+        dev = [films.dev.stream(seed) for seed in range(settings.dev_streams)]
+        tokens = [reporter.encode(stream.frames) for stream in dev]
+        events = [[one.event for one in stream.events] for stream in dev]
+        change = _best_change(reporter, tokens, events)
+        if settings.calibrate:
+            results["calibration"] = _calibrate(reporter, tokens, events, str(config.model.checkpoint))
+    elif settings.calibrate:
+        raise PhotosError("report.calibrate needs report.cutouts and report.scenes: see docs/default-model.md")
+    results |= {"threshold": reporter.threshold, "change_detector": change}
     results["samples"] = _samples(reporter, Path(settings.samples), change)
     if films is not None:
         results["photos"] = _photos(reporter, films.test, settings.test_streams, change)
@@ -224,16 +242,43 @@ def _scored(said: Sequence[Sequence[Said]], events: Sequence[Sequence[Event]]) -
     }
 
 
-def _best_change(reporter: Reporter, streams: Sequence[PhotoStream]) -> float:
+def _best_change(reporter: Reporter, tokens: Sequence[Tensor], events: Sequence[Sequence[Event]]) -> float:
     """The change detector's threshold that does best on the dev streams: the control at its strongest."""
-    tokens = [reporter.encode(stream.frames) for stream in streams]
-    events = [[one.event for one in stream.events] for stream in streams]
 
     def reached(change: float) -> float:
         said = [reporter.classifier_control(one, change) for one in tokens]
         return sum((event_scores(*both) for both in zip(said, events, strict=True)), NOTHING).f1
 
     return max(CHANGES, key=reached)
+
+
+def _calibrate(
+    reporter: Reporter, tokens: Sequence[Tensor], events: Sequence[Sequence[Event]], name: str
+) -> dict[str, object]:
+    """Choose the threshold on the dev streams, use it, and store it in the checkpoint."""
+    curve = dict[float, float]()
+    for threshold in reporter.settings.thresholds:
+        reporter.threshold = threshold
+        said = [narration(one) for one in reporter.play(tokens)]
+        curve[threshold] = sum((event_scores(*both) for both in zip(said, events, strict=True)), NOTHING).f1
+        logger.info("threshold=%g f1=%.3f", threshold, curve[threshold])
+    reporter.threshold = max(curve, key=curve.__getitem__)
+    digest = hashlib.sha256(b"".join(one.numpy().tobytes() for one in tokens)).hexdigest()
+    calibration = Calibration(
+        format_version=1,
+        fingerprint=reporter.fingerprint,
+        threshold=reporter.threshold,
+        metric="event F1",
+        value=round(curve[reporter.threshold], 4),
+        before_s=WINDOW,
+        after_s=WINDOW,
+        data=f"dev half of {reporter.settings.labels}",
+        data_digest=digest[:16],
+        num_dialogues=len(tokens),
+        fps=FPS,
+    )
+    write_calibration(checkpoint_folder(name), calibration)
+    return {f"F1 at {threshold:g}": round(f1, 3) for threshold, f1 in curve.items()}
 
 
 def _with_controls(

@@ -269,7 +269,7 @@ def _seconds(stamp: str, path: Path) -> float:
         raise OnlineBenchmarkError(f"{path}: time {stamp!r}, expected HH:MM:SS") from None
 
 
-def _read(path: Path, kind: TypeAdapter[list]) -> list:  # type: ignore[type-arg]  # of what `kind` says
+def _read(path: Path, kind: TypeAdapter[list]) -> list:
     try:
         return kind.validate_json(path.read_bytes())
     except OSError as error:
