@@ -20,14 +20,14 @@ from typing import Literal
 from prometheus_client.core import Metric
 
 from actors.backends import build_engine, load_model
-from actors.bus import Bus, BusError, Lease
+from actors.bus import Bus, BusError, Lease, SessionMeta
 from actors.config import Config
 from actors.engine import Engine, EngineConfig, NoCapacity
-from actors.held import Held, LostFrames, read_window, rebuild, stream_order
+from actors.held import Held, LostFrames, StoredEntry, StoredInput, read_window, rebuild, stream_order
 from actors.messages import Evicted, LogEntry, MessageError, Query, SessionEnded, encode
 from actors.meters import LLMMeters, counter, counters, gauge
 from actors.replicas import Reporter
-from actors.session import SessionError
+from actors.session import Session, SessionError
 from actors.stepper import Stepper
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 RETRY_S = (0.05, 2.0)
 BLOCK_MS = 1000
 
-Logged = tuple[str, list[LogEntry], int]
+Logged = tuple[Session, list[LogEntry], int]
 
 
 class LLMWorker:
@@ -157,6 +157,8 @@ class LLMWorker:
         self._taking |= {lease.session_id: lease for lease in claimed}
         for lease in claimed:
             try:
+                if (earlier := self.held.get(lease.session_id)) is not None:  # its lease ran out unnoticed
+                    await self._drop(earlier)
                 await self._take_over(lease)
             except (SessionError, LostFrames, MessageError) as error:
                 await self._refuse(lease, str(error))
@@ -174,13 +176,30 @@ class LLMWorker:
         window = read_window(meta)
         log = await self.bus.read_log(lease.session_id)
         inputs = await self.bus.read_all_inputs(lease.session_id, window.in_id if window else "0-0")
-        held = await self.stepper.call(partial(rebuild, self.engine, lease, meta, log, inputs, self.tokens_shape))
-        if lease.session_id not in self._taking:
-            await self.stepper.call(partial(self.engine.close, lease.session_id))
+        held = await self.stepper.call(partial(self._rebuild, lease, meta, log, inputs))
+        if self.held.get(lease.session_id) is not held:
+            await self.stepper.call(partial(self._close, held))
             return
-        self.held[lease.session_id] = held
         self._claims += 1
         logger.info("session=%s epoch=%d entries=%d taken over", lease.session_id, lease.epoch, len(log))
+
+    def _rebuild(
+        self, lease: Lease, meta: SessionMeta, log: Sequence[StoredEntry], inputs: Sequence[StoredInput]
+    ) -> Held:
+        """On the step thread: the session is known to the loop before anything that its steps log."""
+        held = rebuild(self.engine, lease, meta, log, inputs, self.tokens_shape)
+        self._loop.call_soon_threadsafe(self._hold, held)
+        return held
+
+    def _hold(self, held: Held) -> None:
+        """Count a rebuilt session among ours, unless its lease was lost meanwhile."""
+        if self._taking.get(held.lease.session_id) == held.lease:
+            self.held[held.lease.session_id] = held
+
+    def _close(self, held: Held) -> None:
+        """On the step thread: free what the session takes, unless another session of that id took its place."""
+        if self.engine.sessions.get(held.lease.session_id) is held.session:
+            self.engine.close(held.lease.session_id)
 
     async def _renew_forever(self) -> None:
         while True:
@@ -217,10 +236,11 @@ class LLMWorker:
     async def _drop(self, held: Held) -> None:
         """Forget a session that another replica owns now, or that ended."""
         session_id = held.lease.session_id
-        if self.held.pop(session_id, None) is not None:
+        if self.held.get(session_id) is held:
+            del self.held[session_id]
             self._lost_leases += not held.session.ended
             self.meters.forget(session_id)
-            await self.stepper.call(partial(self.engine.close, session_id))
+            await self.stepper.call(partial(self._close, held))
             self._claim_now.set()
 
     async def _refuse(self, lease: Lease, reason: str) -> None:
@@ -255,7 +275,8 @@ class LLMWorker:
 
     def _hand_over(self, session_id: str, entries: list[LogEntry], next_seq: int) -> None:
         """On the step thread: what a step logged goes to the loop."""
-        self._loop.call_soon_threadsafe(self._outbox.put_nowait, (session_id, entries, next_seq))
+        item = (self.engine.sessions[session_id], entries, next_seq)
+        self._loop.call_soon_threadsafe(self._outbox.put_nowait, item)
 
     async def _append_forever(self) -> None:
         """Write what was logged, in order; what gathered while Redis answered goes out in one append a session."""
@@ -263,14 +284,16 @@ class LLMWorker:
             items = [await self._outbox.get()]
             while not self._outbox.empty():
                 items.append(self._outbox.get_nowait())
-            gathered: dict[str, list[LogEntry]] = {}
-            decided: dict[str, int] = {}
-            for session_id, entries, next_seq in filter(None, items):
-                gathered.setdefault(session_id, []).extend(entries)
-                decided[session_id] = next_seq
-            for session_id, entries in gathered.items():
-                if (held := self.held.get(session_id)) is not None:
-                    await self._append(held, entries, decided[session_id])
+            gathered: dict[Session, tuple[list[LogEntry], int]] = {}
+            for session, entries, next_seq in filter(None, items):
+                earlier, _ = gathered.get(session, ([], 0))
+                gathered[session] = [*earlier, *entries], next_seq
+            for session, (entries, next_seq) in gathered.items():
+                # A session that was lost and taken over again, by this replica, begins where the log ends: what its
+                # predecessor has not written by then was never said.
+                held = self.held.get(session.session_id)
+                if held is not None and held.session is session:
+                    await self._append(held, entries, next_seq)
             if items[-1] is None:
                 return
 

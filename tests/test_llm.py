@@ -27,6 +27,7 @@ from actors.messages import (
     Query,
     QueryConsumed,
     ResponseEnded,
+    ResponseStarted,
     ResponseTokens,
     SessionEnded,
     SessionSettings,
@@ -212,6 +213,59 @@ async def live_run(live: Live, session_id: str, count: int) -> list[LogEntry]:
         log = await whole_log(bus, session_id)
     await bus.close()
     return log
+
+
+def test_what_a_replica_had_not_written_when_it_lost_a_session_to_itself_is_not_written_later(
+    live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While another session's append waits, leases run out unnoticed, and the replica claims its own session."""
+
+    async def scenario() -> list[LogEntry]:
+        bus = await live.connect()
+        async with live.worker() as worker:
+            append, gate, waiting = worker.bus.append, asyncio.Event(), asyncio.Event()
+
+            async def renew(leases: object) -> list[object]:
+                return []
+
+            async def slow(lease, *rest):
+                if lease.session_id == "b" and not gate.is_set():
+                    waiting.set()
+                    await gate.wait()
+                return await append(lease, *rest)
+
+            monkeypatch.setattr(worker.bus, "append", slow)
+            monkeypatch.setattr(worker.bus, "renew", renew)
+            for session_id in ("a", "b"):
+                await bus.open_session(session_id, live.loaded.fingerprint, SETTINGS)
+            await live.encode(bus, "b", 1)
+            await waiting.wait()
+            await live.encode(bus, "a", 8)
+            await until(lambda: has_decided(worker, 9))
+            first = await bus.session_meta("a")
+            await until(lambda: has_decided(worker, 18))
+            again = await bus.session_meta("a")
+            assert first is not None
+            assert again is not None
+            assert again.epoch > first.epoch
+            assert again.position == 0
+            monkeypatch.undo()
+            gate.set()
+            await bus.send("a", End(after_seq=7))
+            log = await whole_log(bus, "a")
+        await bus.close()
+        return log
+
+    log = asyncio.run(scenario())
+    assert decided(log) == list(range(8))
+    open_responses = 0
+    for entry in log:
+        open_responses += isinstance(entry, ResponseStarted) - isinstance(entry, ResponseEnded)
+        assert open_responses in (0, 1)
+
+
+async def has_decided(worker: LLMWorker, frames: int) -> bool:
+    return worker.stepper.counters["frames_decided"] >= frames
 
 
 def test_a_takeover_after_evictions_and_trimming_goes_on_as_if_nothing_had_happened(live: Live) -> None:
