@@ -225,7 +225,8 @@ def test_a_full_server_says_when_to_try_again(tiny: dict[str, object], redis_url
     with application(tiny, redis_url, recordings=1, workers=False, admission_timeout_s=30) as url:
         body = {"model": MODEL, "messages": user(image_part()), "stream": True}
         with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as first:
-            next(first.iter_lines())
+            lines = first.iter_lines()  # kept: a dropped iterator closes the stream
+            next(lines)
             second = post(url, messages=user(image_part()))
     assert second.status_code == 429, second.text
     assert second.headers["retry-after"] == "5"

@@ -93,6 +93,8 @@ def test_a_mistake_of_ours_keeps_its_traceback(run_job) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_job_exits_with_130(run_job, number: signal.Signals) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as a program starts; other tests may have changed it
+
     def wait(config: Config) -> None:
         os.kill(os.getpid(), number)
         signal.pause()
