@@ -81,8 +81,10 @@ def check_held_out(config: Config, data: TrainingSet) -> None:
             f"{len(both)} videos are in training and validation, such as {both[0]!r}: "
             f"make the splits in {folder} again with jobs.build_dialogues"
         )
-    before = Path(config.model.checkpoint or "") / checkpoint.SETTINGS_FILE
-    if config.model.checkpoint is not None and before.is_file():
+    if config.model.checkpoint is None:
+        return
+    before = checkpoint.checkpoint_folder(config.model.checkpoint) / checkpoint.SETTINGS_FILE
+    if before.is_file():
         seen = held_out & set(checkpoint.read_settings(before.parent).trained_videos)
         if both := sorted(seen):
             raise DatasetError(
