@@ -15,7 +15,7 @@ from ray._private.runtime_env.packaging import create_package
 from ray.runtime_env import RuntimeEnv
 
 REPOSITORY = Path(__file__).parents[1]
-MOST_BYTES = 17_000_000  # the default model is 12 of them, its tokenizer 3
+MOST_BYTES = 20_000_000  # the default model is 12 of them, its tokenizer 3
 
 
 def test_what_a_submitted_job_sends_is_small_and_has_all_programs(tmp_path: Path) -> None:
