@@ -52,15 +52,19 @@ class RedisServerError(RuntimeError):
 class RedisServer:
     """`with RedisServer() as url:` runs a server of our own; `url` holds its password: do not log it.
 
-    `settings` are lines of its configuration; the password is made up where none is given. Started again after `stop`, it has the same address and no data.
+    `settings` are lines of its configuration; the password is made up where none is given. Started again after
+    `stop`, it has the same address, and what it wrote to the folder `data`: without one, nothing.
     """
 
-    def __init__(self, settings: Mapping[str, str] | None = None, password: str | None = None) -> None:
+    def __init__(
+        self, settings: Mapping[str, str] | None = None, password: str | None = None, data: Path | None = None
+    ) -> None:
         self.settings = SETTINGS | dict(settings or {})
         self.port: int | None = None
         self._password = password or secrets.token_urlsafe(24)
         self._process: subprocess.Popen[bytes] | None = None
         self._folder: Path | None = None
+        self._data = data
 
     def start(self) -> str:
         """Start the server and return its address. Raises RedisServerError."""
@@ -108,7 +112,7 @@ class RedisServer:
 
     def _launch(self, binary: Path, port: int) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="videollm-redis-"))
-        own = {"port": str(port), "requirepass": self._password, "dir": str(self._folder)}
+        own = {"port": str(port), "requirepass": self._password, "dir": str(self._data or self._folder)}
         settings = self._folder / "server.conf"
         settings.write_text("".join(f"{name} {value}\n" for name, value in (self.settings | own).items()))
         # A session of its own: Ctrl-C in a terminal must reach the program only, which then stops the server last.

@@ -100,7 +100,7 @@ class UsageSampler:
                 ours_s=sum(map(_cpu_s, pids)) - looking_s,
                 driver_s=time.process_time() - looking_s,
                 machine_s=_machine_s(),
-                memory_mb=sum(map(_memory_mb, pids)) if self.memory else 0.0,
+                memory_mb=sum(map(memory_mb, pids)) if self.memory else 0.0,
             )
         )
 
@@ -140,7 +140,7 @@ def _machine_s() -> float:
     return (user + nice + system + irq + softirq + steal) / TICKS_A_SECOND
 
 
-def _memory_mb(process: int) -> float:
+def memory_mb(process: int) -> float:
     """Proportional set size: pages that several processes share are counted once in all."""
     try:
         rollup = Path(f"/proc/{process}/smaps_rollup").read_text()

@@ -1,0 +1,208 @@
+"""What a chaos run does to the application: each fault from its beginning to the moment its cause is gone.
+
+A fault is a coroutine that returns once its cause is gone (a process replaced by nobody yet, a server that answers
+again); how long sessions take from there is what the run measures. Victims are chosen by the seed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
+
+import httpx
+import redis.asyncio
+import websockets
+from websockets.exceptions import WebSocketException
+
+from jobs.chaos_application import Application, ChaosError, ReplicaStats
+
+PAUSE_S = 10.0
+SLOW_OWNER_S = 5.0
+FULL_S = 5.0
+OVERLOAD_S = 10.0
+STORM = 40
+FLOOD_FPS = 20.0
+DRAIN_NOTICE_S = 10
+
+Fault = Callable[[Application, random.Random, bytes], Awaitable[str]]
+
+
+async def kill_llm(app: Application, chosen: random.Random, picture: bytes) -> str:
+    """SIGKILL of an LLM replica that holds sessions."""
+    return await _kill(app, "llms", chosen)
+
+
+async def kill_encoder(app: Application, chosen: random.Random, picture: bytes) -> str:
+    """SIGKILL of an encoder, most likely in a batch."""
+    return await _kill(app, "encoders", chosen)
+
+
+async def kill_gateway(app: Application, chosen: random.Random, picture: bytes) -> str:
+    """SIGKILL of a gateway with clients."""
+    return await _kill(app, "gateways", chosen)
+
+
+async def stop_owner(app: Application, chosen: random.Random, picture: bytes) -> str:
+    """An LLM replica stands still for longer than its lease, then wakes up and finds itself replaced."""
+    victim = await _victim(app, "llms", chosen)
+    with _stopped(victim["pid"]):
+        await asyncio.sleep(SLOW_OWNER_S)
+    return f"pid {victim['pid']} for {SLOW_OWNER_S:g} s"
+
+
+async def pause_redis(app: Application, chosen: random.Random, picture: bytes) -> str:
+    """Redis stands still for ten seconds."""
+    assert app.redis.pid is not None
+    with _stopped(app.redis.pid):
+        await asyncio.sleep(PAUSE_S)
+    return f"{PAUSE_S:g} s"
+
+
+async def reset_connections(app: Application, chosen: random.Random, picture: bytes) -> str:
+    """Every connection to Redis is cut."""
+    async with redis.asyncio.Redis.from_url(app.redis_url) as client:
+        killed = 0
+        for kind in ("normal", "pubsub"):
+            killed += int(await client.execute_command("CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes"))
+    return f"{killed} connections"
+
+
+async def crash_redis(app: Application, chosen: random.Random, picture: bytes) -> str:
+    """Redis is killed and started again with what `appendfsync always` has kept."""
+    await asyncio.to_thread(_restart_redis, app)
+    return "killed, started again"
+
+
+async def fill_redis(app: Application, chosen: random.Random, picture: bytes) -> str:
+    """Redis has no memory left for a while."""
+    async with redis.asyncio.Redis.from_url(app.redis_url) as client:
+        limit = str((await client.config_get("maxmemory"))["maxmemory"])
+        await client.config_set("maxmemory", 1 << 20)
+        await asyncio.sleep(FULL_S)
+        await client.config_set("maxmemory", limit)
+    return f"{FULL_S:g} s"
+
+
+async def drain(app: Application, chosen: random.Random, picture: bytes) -> str:
+    """`serve.drain`: clients are told, sent away with 1012, and taken again once it is called off."""
+    for words in (["--notice", str(DRAIN_NOTICE_S)], ["--cancel"]):
+        environment = {**os.environ, "RAY_ADDRESS": app.cluster}
+        command = [sys.executable, "-m", "serve.drain", *words]
+        await asyncio.to_thread(
+            subprocess.run, command, env=environment, timeout=180, check=False, stdout=subprocess.DEVNULL
+        )
+    return f"notice {DRAIN_NOTICE_S} s"
+
+
+async def overload(app: Application, chosen: random.Random, picture: bytes) -> str:
+    """Clients that flood, that never read, and that come and go, beside those that are admitted."""
+    dropped = await asyncio.gather(
+        *(_flood(app, picture, reads) for reads in (True, True, False, False)), _storm(app, chosen)
+    )
+    return f"{sum(dropped)} frames of floods dropped and counted"
+
+
+FAULTS: dict[str, Fault] = {
+    "llm killed": kill_llm,
+    "encoder killed": kill_encoder,
+    "gateway killed": kill_gateway,
+    "owner stopped": stop_owner,
+    "redis paused": pause_redis,
+    "connections reset": reset_connections,
+    "redis crashed": crash_redis,
+    "redis full": fill_redis,
+    "drain": drain,
+    "overload": overload,
+}
+
+
+def lose_data(app: Application) -> None:
+    """Start Redis again with nothing in it."""
+    _restart_redis(app, empty=True)
+
+
+def _restart_redis(app: Application, empty: bool = False) -> None:
+    assert app.redis.pid is not None
+    os.kill(app.redis.pid, signal.SIGKILL)
+    app.redis.stop()
+    if empty:
+        shutil.rmtree(app.data)
+        app.data.mkdir()
+    app.redis.start()
+
+
+async def _kill(app: Application, role: str, chosen: random.Random) -> str:
+    victim = await _victim(app, role, chosen)
+    os.kill(victim["pid"], signal.SIGKILL)
+    return f"pid {victim['pid']}"
+
+
+async def _victim(app: Application, role: str, chosen: random.Random) -> ReplicaStats:
+    """One of those with sessions, if any has some."""
+    found: list[ReplicaStats] = []
+    for _ in range(30):
+        with suppress(httpx.HTTPError):
+            found = (await asyncio.to_thread(app.stats))[role]
+        if found:
+            busy = [replica for replica in found if replica.get("sessions")]
+            return chosen.choice(sorted(busy or found, key=lambda replica: replica["pid"]))
+        await asyncio.sleep(1)
+    raise ChaosError(f"no {role} report: {app.log_tail()}")
+
+
+@contextlib.contextmanager
+def _stopped(pid: int) -> Iterator[None]:
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+async def _flood(app: Application, picture: bytes, reads: bool) -> int:
+    """Frames at ten times their rate, the newest wins; how many the server says it dropped."""
+    dropped = 0
+    try:
+        async with websockets.connect(_realtime(app), max_size=None, max_queue=None if reads else 1) as socket:
+            wishes = {"include": ["frame_decided"], "max_output_tokens": 4, "video": {"drop_policy": "latest"}}
+            await socket.send(json.dumps({"type": "session.update", "session": wishes}))
+            for index in range(int(OVERLOAD_S * FLOOD_FPS)):
+                await socket.send(struct.pack(">Bd", 1, index / 2) + picture)
+                await asyncio.sleep(1 / FLOOD_FPS)
+            if reads:
+                await socket.send(json.dumps({"type": "input_video_buffer.end"}))
+                async with asyncio.timeout(60):
+                    while (event := json.loads(await socket.recv()))["type"] != "session.ended":
+                        pass
+                dropped = event["frames"]["dropped"]
+    except (WebSocketException, OSError, TimeoutError):
+        return dropped
+    return dropped
+
+
+async def _storm(app: Application, chosen: random.Random) -> int:
+    """Connections that come and go without a word."""
+
+    async def visit() -> None:
+        await asyncio.sleep(chosen.uniform(0, OVERLOAD_S))
+        with suppress(WebSocketException, OSError, TimeoutError):
+            async with websockets.connect(_realtime(app), open_timeout=15):
+                pass
+
+    await asyncio.gather(*(visit() for _ in range(STORM)))
+    return 0
+
+
+def _realtime(app: Application) -> str:
+    return f"{app.url.replace('http', 'ws', 1)}/v1/realtime"

@@ -1,0 +1,221 @@
+"""Faults of Redis under a whole application in one process, and a short chaos run of the real one.
+
+The clients of jobs/chaos_client.py stream, come back, and compare what they were told with the log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from application import running
+from live_client import picture
+
+from actors.bus import Bus, BusConfig
+from actors.messages import SessionSettings
+from actors.redis_server import RedisServer
+from jobs import chaos_faults
+from jobs.chaos import main
+from jobs.chaos_application import DURABLE
+from jobs.chaos_client import FPS, Books, ChaosClient
+from jobs.chaos_faults import FAULTS, lose_data
+from jobs.chaos_report import share
+
+DEADLINE_S = 90.0
+
+
+@dataclass
+class InProcess:
+    """What faults need of an application."""
+
+    url: str
+    redis: RedisServer
+    redis_url: str
+    data: Path
+
+
+@contextmanager
+def application(tiny: dict[str, object], folder: Path, **settings: object) -> Iterator[InProcess]:
+    server = RedisServer(DURABLE, data=folder)
+    address = server.start()
+    try:
+        with running(tiny, address, gateways=2, resume_s=600, **settings) as app:
+            yield InProcess(app.url, server, address, folder)
+    finally:
+        server.stop()
+
+
+@asynccontextmanager
+async def streaming(app: InProcess, sessions: int = 3) -> AsyncIterator[tuple[list[ChaosClient], list[Books]]]:
+    """Clients that have decided their first frames; after the block they say the end, and the books are filled."""
+    stop, found = asyncio.Event(), list[Books]()
+    clients = [ChaosClient(app.url, picture(), seed, seed == 0, stop, ask_every=4) for seed in range(sessions)]
+    tasks = [asyncio.create_task(client.run()) for client in clients]
+    await going_on(clients, tasks)
+    yield clients, found
+    stop.set()
+    async with asyncio.timeout(DEADLINE_S):
+        found += await asyncio.gather(*tasks)
+
+
+async def going_on(clients: list[ChaosClient], tasks: list[asyncio.Task[Books]] | None = None) -> None:
+    """Return once every session has decided a frame that is due from now on."""
+    since = time.monotonic()
+    async with asyncio.timeout(DEADLINE_S):
+        while any(client.books.recovery(since) is None for client in clients):
+            assert not any(task.done() for task in tasks or ()), [client.books for client in clients]
+            await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize("fault", ["redis paused", "connections reset", "redis crashed", "redis full"])
+def test_sessions_outlive_a_fault_of_redis_with_nothing_missing_and_nothing_twice(
+    tiny: dict[str, object], tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chaos_faults, "PAUSE_S", 4.5)  # longer than a lease, and than a command may take
+    monkeypatch.setattr(chaos_faults, "FULL_S", 2.0)
+
+    async def scenario(app: InProcess) -> list[Books]:
+        async with streaming(app) as (clients, found):
+            await FAULTS[fault](app, random.Random(0), picture())  # type: ignore[arg-type]
+            await going_on(clients)
+        return found
+
+    with application(tiny, tmp_path) as app:
+        for books in asyncio.run(scenario(app)):
+            assert books.sound, books
+            assert books.asked
+            assert books.acknowledged == len(books.decided) == len(books.due)
+
+
+def test_sessions_whose_data_is_lost_end_with_a_word_and_new_ones_work(tiny: dict[str, object], tmp_path: Path) -> None:
+    async def scenario(app: InProcess) -> tuple[list[Books], list[Books]]:
+        clients = [ChaosClient(app.url, picture(), seed, False, asyncio.Event()) for seed in range(2)]
+        tasks = [asyncio.create_task(client.run(audit=False)) for client in clients]
+        await going_on(clients, tasks)
+        await asyncio.to_thread(lose_data, app)
+        async with asyncio.timeout(DEADLINE_S):
+            ended = await asyncio.gather(*tasks)
+        async with streaming(app, sessions=1) as (_, found):
+            pass
+        return ended, found
+
+    with application(tiny, tmp_path) as app:
+        ended, later = asyncio.run(scenario(app))
+    assert [books.outcome for books in ended] == ["expired", "expired"]
+    assert all("session_expired" in books.errors for books in ended)
+    assert all(books.sound for books in later)
+
+
+def test_while_redis_is_away_nobody_storms_it(tiny: dict[str, object], tmp_path: Path) -> None:
+    """Each command is tried again with pauses that grow: a whole application asks a few times a second."""
+
+    async def scenario(app: InProcess) -> float:
+        async with streaming(app, sessions=2) as (clients, _):
+            port = app.redis.port
+            assert port is not None
+            app.redis.stop()
+            attempts = 0
+
+            async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+                nonlocal attempts
+                attempts += 1
+                writer.close()
+
+            server = await asyncio.start_server(refuse, "127.0.0.1", port)
+            began = time.monotonic()
+            await asyncio.sleep(5)
+            rate = attempts / (time.monotonic() - began)
+            server.close()
+            await server.wait_closed()
+            await asyncio.to_thread(app.redis.start)
+            await going_on(clients)
+        return rate
+
+    with application(tiny, tmp_path) as app:
+        rate = asyncio.run(scenario(app))
+    assert 0 < rate < 100
+
+
+@pytest.mark.parametrize(
+    ("policy", "survives"),
+    [({"appendonly": "yes", "appendfsync": "always"}, True), ({"appendonly": "no"}, False)],
+    ids=["always", "none"],
+)
+def test_what_was_acknowledged_survives_a_killed_server_where_the_log_is_written_first(
+    tmp_path: Path, policy: dict[str, str], survives: bool
+) -> None:
+    server = RedisServer(DURABLE | policy, data=tmp_path)
+    app = InProcess("", server, server.start(), tmp_path)
+    try:
+        assert asyncio.run(_admitted_over_a_crash(app)) == ((True, 20) if survives else (False, None))
+    finally:
+        server.stop()
+
+
+async def _admitted_over_a_crash(app: InProcess) -> tuple[bool, int | None]:
+    """Whether the generation is the same after the server was killed, and how many frames it knows of."""
+    bus = await Bus.connect(BusConfig(partitions=1), app.redis_url)
+    try:
+        await bus.open_session("a", "model", SessionSettings())
+        before = await bus.generation()
+        for seq in range(20):
+            assert await bus.admit_frame("a", seq / 2, b"picture") == seq
+        await FAULTS["redis crashed"](app, random.Random(0), b"")  # type: ignore[arg-type]
+        meta = await bus.session_meta("a")
+        return await bus.generation() == before, meta.admitted if meta else None
+    finally:
+        await bus.close()
+
+
+def test_the_books_tell_what_is_missing_twice_out_of_order_or_lost() -> None:
+    def event(position: int, seq: int, number: int = 0, video_time: float | None = None) -> dict[str, object]:
+        at = seq / FPS if video_time is None else video_time
+        told = {"type": "frame_decided", "event_id": f"event_{position}_{number}", "position": position}
+        return {**told, "seq": seq, "video_time": at}
+
+    def books(*events: dict[str, object], acknowledged: int = 0) -> Books:
+        client, seen = ChaosClient("", b"", 0, False, asyncio.Event()), set[str]()
+        client.books.acknowledged = acknowledged
+        for one in events:
+            client._take(one, after=-1, seen=seen)  # type: ignore[arg-type]
+        client.books.outcome = "ended"
+        return client.books
+
+    assert books(event(0, 0), event(1, 1), acknowledged=2).sound
+    assert books(event(0, 0), event(0, 0)).duplicated == 1
+    assert books(event(0, 0), event(1, 0)).disorder == 1
+    assert books(event(1, 0), event(0, 1)).disorder == 1
+    assert books(event(0, 0, video_time=9.0)).disorder == 1
+    assert books(event(0, 0), acknowledged=3).lost == 2
+    assert not books(event(0, 0), acknowledged=3).sound
+
+
+def test_shares_of_nothing_are_no_numbers() -> None:
+    assert str(share([], 0.5)) == "nan"
+    assert (share([3, 1, 2], 0.5), share([1.0, 2.0], 0.99)) == (2, 2.0)
+
+
+@pytest.mark.slow
+def test_every_replica_may_be_killed_once(
+    tiny: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(yaml.safe_dump({"model": tiny}))
+    faults = ["llm killed", "encoder killed", "gateway killed", "redis crashed"]
+    status = main(
+        ["--sessions", "4", "--settings", str(settings), "--save", str(tmp_path / "report"), "--faults", *faults]
+    )
+    said = capsys.readouterr().out
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert status == 0, said
+    assert sorted(fault["name"] for fault in report["faults"]) == sorted(faults)
+    assert report["totals"]["survived"] == 4
+    assert (tmp_path / "report.png").stat().st_size > 10_000
