@@ -16,15 +16,16 @@ import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import suppress
 
 import httpx
-import redis.asyncio
 import websockets
 from websockets.exceptions import WebSocketException
 
-from jobs.chaos_application import Application, ChaosError, ReplicaStats
+from actors.redis_address import parse
+from actors.redis_client import SingleClient
+from jobs.chaos_application import DURABLE, Application, ChaosError, ReplicaStats
 
 PAUSE_S = 10.0
 SLOW_OWNER_S = 5.0
@@ -70,11 +71,9 @@ async def pause_redis(app: Application, chosen: random.Random, picture: bytes) -
 
 async def reset_connections(app: Application, chosen: random.Random, picture: bytes) -> str:
     """Every connection to Redis is cut."""
-    async with redis.asyncio.Redis.from_url(app.redis_url) as client:
-        killed = 0
-        for kind in ("normal", "pubsub"):
-            killed += int(await client.execute_command("CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes"))
-    return f"{killed} connections"
+    async with asking(app.redis_url) as client:
+        killed = [await client.run("", ("CLIENT", "KILL", "TYPE", kind)) for kind in ("normal", "pubsub")]
+    return f"{sum(int(str(number)) for number in killed)} connections"
 
 
 async def crash_redis(app: Application, chosen: random.Random, picture: bytes) -> str:
@@ -85,11 +84,12 @@ async def crash_redis(app: Application, chosen: random.Random, picture: bytes) -
 
 async def fill_redis(app: Application, chosen: random.Random, picture: bytes) -> str:
     """Redis has no memory left for a while."""
-    async with redis.asyncio.Redis.from_url(app.redis_url) as client:
-        limit = str((await client.config_get("maxmemory"))["maxmemory"])
-        await client.config_set("maxmemory", 1 << 20)
-        await asyncio.sleep(FULL_S)
-        await client.config_set("maxmemory", limit)
+    async with asking(app.redis_url) as client:
+        await client.run("", ("CONFIG", "SET", "maxmemory", 1 << 20))
+        try:
+            await asyncio.sleep(FULL_S)
+        finally:
+            await client.run("", ("CONFIG", "SET", "maxmemory", DURABLE["maxmemory"]))
     return f"{FULL_S:g} s"
 
 
@@ -124,6 +124,16 @@ FAULTS: dict[str, Fault] = {
     "drain": drain,
     "overload": overload,
 }
+
+
+@contextlib.asynccontextmanager
+async def asking(url: str) -> AsyncIterator[SingleClient]:
+    """A connection to Redis beside those of the application. What fails raises redis-py's errors."""
+    client = SingleClient(parse(url), timeout_s=10)
+    try:
+        yield client
+    finally:
+        await client.close()
 
 
 def lose_data(app: Application) -> None:

@@ -23,13 +23,13 @@ from pathlib import Path
 
 import httpx
 import numpy as np
-import redis.asyncio
 
+from actors.redis_errors import FAILURES
 from actors.redis_server import RedisServerError
 from jobs.chaos import picture, until_whole
 from jobs.chaos_application import Application, ChaosError, end_in_order_on_signal, tiny_settings
 from jobs.chaos_client import Books, ChaosClient
-from jobs.chaos_faults import FAULTS
+from jobs.chaos_faults import FAULTS, asking
 from jobs.chaos_report import machine
 from jobs.process_usage import memory_mb
 
@@ -131,7 +131,7 @@ async def soak(app: Application, sessions: int, seed: int, seconds: float, repor
             await asyncio.sleep(EVERY_S)
             if any(task.done() for task in tasks):
                 await asyncio.gather(*(task for task in tasks if task.done()))
-            with suppress(httpx.HTTPError, redis.RedisError):
+            with suppress(httpx.HTTPError, *FAILURES):
                 report.samples.append(await _sample(app, time.monotonic() - began))
     report.hours = (time.monotonic() - began) / 3600
 
@@ -176,11 +176,11 @@ async def _kill(app: Application, chosen: random.Random, began: float, end: floa
 
 
 async def _sample(app: Application, seconds: float) -> dict[str, float]:
-    """One row of samples. Raises httpx.HTTPError or RedisError where nobody answers right now."""
+    """One row of samples. Raises httpx.HTTPError or one of FAILURES where nobody answers right now."""
     async with httpx.AsyncClient(timeout=10) as http:
         metrics = (await http.get(f"{app.url}/metrics")).raise_for_status().text
-    async with redis.asyncio.Redis.from_url(app.redis_url) as client:
-        keys, used = await client.dbsize(), (await client.info("memory"))["used_memory"]
+    async with asking(app.redis_url) as client:
+        keys, [info] = await client.run("", ("DBSIZE",)), (await client.infos()).values()
     pids = await asyncio.to_thread(app.processes)
     return {
         "seconds": round(seconds, 1),
@@ -188,8 +188,8 @@ async def _sample(app: Application, seconds: float) -> dict[str, float]:
         "file descriptors": float(sum(map(_descriptors, pids))),
         "processes": float(len(pids)),
         "KV positions": sum(float(line.split()[-1]) for line in metrics.splitlines() if line.startswith(KV)),
-        "Redis keys": float(keys),
-        "Redis MB": round(used / 1e6, 2),
+        "Redis keys": float(str(keys)),
+        "Redis MB": round(float(str(info["used_memory"])) / 1e6, 2),
     }
 
 
