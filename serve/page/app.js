@@ -17,7 +17,7 @@ const STATES = {
   idle: "not connected",
   connecting: "connecting…",
   open: "connected",
-  reconnecting: "connection lost, trying again…",
+  reconnecting: "reconnecting…",
   ending: "finishing…",
   ended: "session ended",
   failed: "not connected",
@@ -71,6 +71,7 @@ class Run {
     const Feed = this.isFile ? FileFeed : LiveFeed;
     this.feed = new Feed(player, this.connection, this.inFlight, this.signal);
     this.feed.fps = fps();
+    if (player.src) URL.revokeObjectURL(player.src);
     if (this.isFile) {
       this.feed.pace = part("pace").value;
       player.srcObject = null;

@@ -92,13 +92,15 @@ export class Connection {
   /** No more frames: the session ends once all is decided and answered. */
   finish() {
     this.#ending = true;
-    this.say({ type: "input_video_buffer.end" });
+    if (this.ready) this.say({ type: "input_video_buffer.end" }); // else once what was lost is sent again
   }
 
   /** Leave at once. */
   close() {
+    const socket = this.#socket;
     this.#release();
-    this.#socket?.close(1000);
+    this.#socket = null; // what it still says is about another session
+    socket?.close(1000);
   }
 
   #receive(event) {
