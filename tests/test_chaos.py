@@ -75,7 +75,15 @@ async def going_on(clients: list[ChaosClient], tasks: list[asyncio.Task[Books]] 
             await asyncio.sleep(0.05)
 
 
-@pytest.mark.parametrize("fault", ["redis paused", "connections reset", "redis crashed", "redis full"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param("redis paused", marks=pytest.mark.slow),
+        "connections reset",
+        "redis crashed",
+        pytest.param("redis full", marks=pytest.mark.slow),
+    ],
+)
 def test_sessions_outlive_a_fault_of_redis_with_nothing_missing_and_nothing_twice(
     tiny: dict[str, object], tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,6 +122,7 @@ def test_sessions_whose_data_is_lost_end_with_a_word_and_new_ones_work(tiny: dic
     assert all(books.sound for books in later)
 
 
+@pytest.mark.slow
 def test_while_redis_is_away_nobody_storms_it(tiny: dict[str, object], tmp_path: Path) -> None:
     """Each command is tried again with pauses that grow: a whole application asks a few times a second."""
 
