@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import math
 import random
 import sys
 import tempfile
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 
 RESUME_S = 600.0  # the log is kept whole, so that it can be compared at the end
 SETTLE_S = 120.0
+REPLACE_S = 300.0
 CALM_S = 3.0
 END_S = 180.0
 
@@ -76,8 +78,12 @@ async def _inject(
     injected = Injected(name, what, began, began if name.endswith("killed") else time.monotonic())
     log.info("fault=%s %s lasted_s=%.1f", name, what, injected.healed - began)
     await _going_on(clients, tasks, injected.healed)
-    await until_whole(app)
-    injected.whole = time.monotonic()
+    try:
+        await until_whole(app)
+        injected.whole = time.monotonic()
+    except ChaosError as error:
+        log.error("fault=%s %s", name, error)
+        injected.whole = math.inf
     log.info("fault=%s over after_s=%.1f", name, injected.whole - injected.healed)
     return injected
 
@@ -99,10 +105,10 @@ async def _going_on(clients: Sequence[ChaosClient], tasks: Sequence[asyncio.Task
 
 async def until_whole(app: Application) -> None:
     """Every replica is there. Raises ChaosError when one does not come back."""
-    deadline = time.monotonic() + SETTLE_S
+    deadline = time.monotonic() + REPLACE_S
     while not await asyncio.to_thread(app.whole):
         if time.monotonic() > deadline:
-            raise ChaosError(f"replicas are missing for {SETTLE_S:g} s: {app.log_tail()}")
+            raise ChaosError(f"replicas are missing for {REPLACE_S:g} s: {app.log_tail()}")
         await asyncio.sleep(1)
 
 

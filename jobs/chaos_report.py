@@ -78,7 +78,7 @@ class ChaosReport:
         totals = self.totals
         return (
             totals["survived"] == totals["sessions"]
-            and not any(fault.stuck for fault in self.faults)
+            and not any(fault.stuck or math.isinf(fault.whole) for fault in self.faults)
             and all(outcome == "expired" for outcome in self.expired)
             and self.works_after_loss
         )
@@ -110,7 +110,8 @@ class ChaosReport:
         document = asdict(self) | {
             "faults": [
                 asdict(fault)
-                | {name: round(getattr(fault, name) - self.started, 2) for name in ("began", "healed", "whole")}
+                | {name: round(getattr(fault, name) - self.started, 2) for name in ("began", "healed")}
+                | {"whole": round(fault.whole - self.started, 2) if math.isfinite(fault.whole) else None}
                 for fault in self.faults
             ],
             "recovery_s": {"p50": share(self.recoveries, 0.5), "p99": share(self.recoveries, 0.99)},
