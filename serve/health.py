@@ -42,9 +42,7 @@ class ModelList(BaseModel):
 
 def models(gateway: Gateway) -> list[Model]:
     """The served model under its short name and under its fingerprint."""
-    return [
-        Model(id=name, created=gateway.created, root=gateway.fingerprint) for name in (ALIAS, gateway.fingerprint)
-    ]
+    return [Model(id=name, created=gateway.created, root=gateway.fingerprint) for name in (ALIAS, gateway.fingerprint)]
 
 
 def check_model(gateway: Gateway, name: str) -> Model:
