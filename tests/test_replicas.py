@@ -13,7 +13,7 @@ from actors import replicas, scripts
 from actors.bus import Bus
 from actors.messages import FramesDecided, QueryConsumed, ResponseEnded, ResponseStarted, ResponseTokens
 from actors.meters import LLMMeters, Meters, counter, counters
-from actors.replicas import Reporter, ReplicaReport
+from actors.replicas import ReplicaReport, Reporter
 
 pytestmark = pytest.mark.anyio
 
