@@ -175,9 +175,7 @@ class GatewaySide(ClientSide):
         if meta is None:
             raise session_expired(session_id)
         if after >= meta.position:
-            raise BusError(
-                "session_expired", f"the log of session {session_id!r} ends before {after}: Redis has lost data"
-            )
+            raise _went_back(session_id, after)
         if after + 1 < meta.first_position:
             raise resume_too_late(session_id, after, meta.first_position)
 
@@ -238,12 +236,26 @@ class PartitionLog:
         answer = await self._connection.script("TOUCH", keys, [self._connection.config.session_ttl_ms])
         assert isinstance(answer, list)
         return {
-            session_id: session_expired(session_id) if not state else state == b"ended" and position <= last + 1
+            session_id: _state(session_id, last, state, position)
             for (session_id, last), (state, position) in zip(after.items(), answer, strict=True)
         }
 
     async def wake(self) -> None:
         await self._connection.wake(self._partition)
+
+
+def _state(session_id: str, last: float, state: bytes, position: int) -> bool | BusError:
+    """Whether a log that was read up to `last` is over; the error when it is gone, or shorter than what was read."""
+    if not state:
+        return session_expired(session_id)
+    if position <= last < math.inf:
+        return _went_back(session_id, last)
+    return state == b"ended" and position <= last + 1
+
+
+def _went_back(session_id: str, last: float) -> BusError:
+    text = f"the log of session {session_id!r} ends before {last:g}: Redis has lost data"
+    return BusError("session_expired", text)
 
 
 def _gap_free(session_id: str, after: int, entries: list[Entry]) -> list[tuple[int, LogEntry]]:

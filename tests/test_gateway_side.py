@@ -263,6 +263,20 @@ async def test_a_tail_says_when_its_session_vanishes(bus: Bus, redis_url: str, m
             await asyncio.wait_for(anext(entries), 10)
 
 
+async def test_a_tail_says_when_its_log_went_back_to_an_earlier_state(connect, redis_url: str) -> None:
+    """As after a restart of a Redis that writes its log to disk now and then only."""
+    bus = await connect(resume_s=0.4)
+    await bus.open_session("a", "model-a", SessionSettings())
+    [lease] = await bus.claim("replica", "model-a", bus.partition("a"), 1)
+    await bus.append(lease, 0, [decided(seq) for seq in range(3)], 3)
+    tail = bus.tail("a")
+    assert [(await anext(tail))[0] for _ in range(3)] == [0, 1, 2]
+    async with Redis.from_url(redis_url) as redis:
+        await redis.hset(bus.keys.meta(bus.partition("a"), "a"), "position", 2)
+    with pytest.raises(BusError, match="session_expired: the log of session 'a' ends before 2"):
+        await asyncio.wait_for(anext(tail), 20)
+
+
 async def test_a_tail_refuses_a_gap_and_a_position_that_redis_never_had(bus: Bus, redis_url: str) -> None:
     await bus.open_session("a", "model-a", SETTINGS)
     await bus.append(await claimed(bus, "a"), 0, [decided(seq) for seq in range(5)], decided=5)
