@@ -7,7 +7,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+
+from actors import checkpoint
+from actors.backends import build_engine, load_model
+from actors.calibration import read_calibration
+from actors.config import load_config
+from actors.encoder import FrameEncoder
+from actors.engine import EngineConfig
+from actors.messages import SessionSettings
+from jobs.replay import FrameChunk, Recording, replay
 
 REPOSITORY = Path(__file__).parents[1]
 SETTINGS = str(REPOSITORY / "configs" / "default_model.yaml")
@@ -71,3 +82,30 @@ def test_the_pipeline_of_the_default_model_in_miniature(tmp_path: Path) -> None:
     assert report["samples"]["always silent"]["f1"] == 0
     assert report["samples"]["model"]["events"] == 19
     assert report["quiet"]["hours"] > 0.1
+
+
+def test_the_shipped_model_is_small_and_has_a_threshold_of_its_own() -> None:
+    folder = checkpoint.checkpoint_folder(checkpoint.EMBEDDED)
+    settings = checkpoint.read_settings(folder)
+    assert sum(file.stat().st_size for file in folder.glob("*.safetensors")) < 20e6
+    calibration = read_calibration(folder, settings.fingerprint)
+    assert calibration is not None
+    assert 0 < calibration.threshold < 1
+
+
+@pytest.mark.slow
+def test_the_shipped_model_tells_when_a_cat_comes_and_goes(samples: Path) -> None:
+    config = load_config(REPOSITORY / "configs" / "embedded.yaml")
+    encoder = FrameEncoder(config.model, threads=1)
+    grey = np.full((224, 224, 3), 120, np.uint8)
+    cat = np.array(Image.open(samples / "cat.jpg").convert("RGB").resize((224, 224)))
+    tokens = encoder(np.stack([grey] * 8 + [cat] * 10 + [grey] * 8))
+    loaded = load_model(config)
+    engine = build_engine(loaded.model, loaded.template, config.section("engine", EngineConfig))
+    settings = config.section("session", SessionSettings).with_threshold_of(loaded.threshold)
+    times = [frame / 2 for frame in range(len(tokens))]
+    [transcript] = replay(engine, [Recording("cat", [FrameChunk(times, tokens)], settings=settings)])
+    comes = [one for one in transcript.utterances if 4 <= one.time <= 5.5]
+    assert len(comes) == 1
+    assert "cat" in comes[0].text.lower()
+    assert [one.text for one in transcript.utterances if 9 <= one.time <= 10.5] == ["The cat is gone."]
