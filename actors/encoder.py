@@ -31,6 +31,7 @@ from actors.messages import FrameSkipped, FrameTokens
 from actors.meters import EncoderMeters, counter
 from actors.replicas import Reporter
 from actors.runtime import limit_threads, native_dtype
+from actors.tasks import end_all
 from actors.video import fit_square
 from actors.vision import VisionError, load_tower, vision_fingerprint
 
@@ -182,9 +183,7 @@ class EncoderWorker:
                     publishing = asyncio.create_task(self._publish(answers))
                 await publishing
             finally:
-                for task in (reading, publishing):
-                    task.cancel()
-                await asyncio.gather(reading, publishing, return_exceptions=True)
+                await end_all((reading, publishing))
 
     def _figures(self) -> list[Metric]:
         counts = self.counts

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from actors.messages import Frame, FrameSkipped, FrameTokens, MessageError, encode
 from actors.scripts import GROUP, SESSION_ID
 from actors.session_log import BusConfig, BusError, Entry, LogConnection, PendingFrame, checked
+from actors.tasks import end_all
 
 log = logging.getLogger(__name__)
 
@@ -75,8 +76,7 @@ class EncoderSide(LogConnection):
 
     async def close_listener(self) -> None:
         if self._listener is not None:
-            self._listener.cancel()
-            await asyncio.gather(self._listener, return_exceptions=True)
+            await end_all([self._listener])
 
     async def _listen(self) -> None:
         async for announced in self.announcements():

@@ -29,6 +29,7 @@ from actors.meters import LLMMeters, counter, counters, gauge
 from actors.replicas import Reporter
 from actors.session import Session, SessionError
 from actors.stepper import Stepper
+from actors.tasks import end_all
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ class LLMWorker:
             await asyncio.wait([stepping])
             self._outbox.put_nowait(None)
             await asyncio.wait([appending])
-            await _cancel(tasks)
+            await end_all(tasks)
             for held in self.held.values():
                 await self._guarded(self.bus.release(held.lease))
 
@@ -365,15 +366,6 @@ def _pauses() -> Iterator[float]:
     while True:
         yield pause_s * random.uniform(0.5, 1.5)
         pause_s = min(2 * pause_s, RETRY_S[1])
-
-
-async def _cancel(tasks: Sequence[asyncio.Task[None]]) -> None:
-    """End tasks, asking again: a connection that is being read may swallow a cancellation."""
-    pending = set(tasks)
-    while pending:
-        for task in pending:
-            task.cancel()
-        _, pending = await asyncio.wait(pending, timeout=1)
 
 
 async def _wait(event: asyncio.Event, timeout_s: float) -> None:

@@ -19,6 +19,7 @@ from actors.session_log import (
     log_entry,
     position_of,
 )
+from actors.tasks import end_all
 
 log = logging.getLogger(__name__)
 
@@ -74,9 +75,7 @@ class OwnerSide(LogConnection):
 
     async def close_renewals(self) -> None:
         """End the renewals that still wait for their server."""
-        for task in self._renewals.values():
-            task.cancel()
-        await asyncio.gather(*self._renewals.values(), return_exceptions=True)
+        await end_all(self._renewals.values())
 
     def _renewed(self) -> list[Lease]:
         """Leases that the renewals that have ended found lost."""

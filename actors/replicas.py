@@ -21,6 +21,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from actors.session_log import BusError, LogConnection
+from actors.tasks import end_all
 
 log = logging.getLogger(__name__)
 
@@ -113,8 +114,7 @@ class Reporter:
         try:
             yield
         finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            await end_all([task])
             with contextlib.suppress(BusError, TimeoutError):
                 async with asyncio.timeout(REPORT_S):
                     await self._connection.retire(self._name)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from actors.messages import LogEntry
+from actors.tasks import end_all
 
 READ_COUNT = 64
 QUEUE_ENTRIES = 256
@@ -97,8 +98,7 @@ class PartitionTails:
 
     async def close(self) -> None:
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end_all([self._task])
         for tail in self._tails:
             tail.finish()
 

@@ -21,6 +21,7 @@ import torch
 from actors.bus import Bus, BusConfig, Lease
 from actors.messages import FramesDecided, FrameTokens, LogEntry, SessionSettings
 from actors.redis_server import RedisServer
+from actors.tasks import end_all
 from jobs.capacity_model import LoadConfig, RedisCosts, ServedConfig
 
 SESSIONS = 32
@@ -189,9 +190,7 @@ async def _with_listeners(bus: Bus, work: Measurement) -> tuple[float, float]:
     try:
         return await work.spent(announce)
     finally:
-        for listener in listeners:
-            listener.cancel()
-        await asyncio.gather(*listeners, return_exceptions=True)
+        await end_all(listeners)
 
 
 async def _check(

@@ -23,6 +23,7 @@ import numpy as np
 
 from actors.config import ConfigError, load_config
 from actors.redis_server import RedisServerError
+from actors.tasks import end_all
 from actors.video import encode_jpeg
 from jobs.chaos_application import Application, ChaosError, end_in_order_on_signal, tiny_settings
 from jobs.chaos_client import Books, ChaosClient
@@ -55,9 +56,7 @@ async def run(app: Application, sessions: int, seed: int, names: Sequence[str], 
             stop.set()
             await asyncio.wait(tasks, timeout=END_S)
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await end_all(tasks)
         report.memory = [(round(s.time - report.started, 1), round(s.memory_mb, 1)) for s in usage.samples]
     books = [client.books for client in clients]
     report.add(books)
@@ -119,9 +118,7 @@ async def _lose(app: Application, image: bytes, seed: int) -> tuple[list[str], b
     await _going_on(clients, tasks, time.monotonic())
     await asyncio.to_thread(lose_data, app)
     await asyncio.wait(tasks, timeout=END_S)
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    await end_all(tasks)
     stop = asyncio.Event()
     later = ChaosClient(app.url, image, seed, False, stop)
     task = asyncio.create_task(later.run())

@@ -20,6 +20,8 @@ import websockets
 from pydantic import JsonValue
 from websockets.exceptions import WebSocketException
 
+from actors.tasks import end_all
+
 FPS = 2.0
 LONGEST_PAUSE_S = 1.0
 QUIET_S = 90.0
@@ -151,8 +153,7 @@ class ChaosClient:
             while not self._ended:
                 self._take(await self._receive(socket), after, seen)
         finally:
-            sending.cancel()
-            await asyncio.gather(sending, return_exceptions=True)
+            await end_all([sending])
 
     def _wishes(self) -> dict[str, JsonValue]:
         """A random model speaks at every frame or, at the threshold 0, when it is asked only."""

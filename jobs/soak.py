@@ -26,6 +26,7 @@ import numpy as np
 
 from actors.redis_errors import FAILURES
 from actors.redis_server import RedisServerError
+from actors.tasks import end_all
 from jobs.chaos import picture, until_whole
 from jobs.chaos_application import Application, ChaosError, end_in_order_on_signal, tiny_settings
 from jobs.chaos_client import Books, ChaosClient
@@ -146,8 +147,7 @@ async def _visit(app: Application, chosen: random.Random, end: float, report: So
         report.sessions += 1
         if chosen.random() < VANISH and not task.done():
             report.vanished += 1
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            await end_all([task])
             continue
         stop.set()
         books = await task

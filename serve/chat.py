@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from starlette.datastructures import FormData, UploadFile
 
 from actors.image import check_image
+from actors.tasks import end_all
 from serve.access import Client, TheGateway
 from serve.chat_answer import Answer, ChatCompletion
 from serve.chat_request import Asked, ChatRequest, Url, understood
@@ -107,9 +108,7 @@ async def chat_completions(request: Request, gateway: TheGateway, client: Client
             await asyncio.wait({gone, whole}, return_when=asyncio.FIRST_COMPLETED)
             return JSONResponse((await whole).model_dump()) if whole.done() else Response(status_code=499)
         finally:
-            for task in (gone, whole):
-                task.cancel()
-            await asyncio.gather(gone, whole, return_exceptions=True)
+            await end_all((gone, whole))
 
 
 async def _whole(answer: Answer, events: AsyncGenerator[ServerEvent], asked: Asked) -> ChatCompletion:

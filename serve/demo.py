@@ -24,6 +24,7 @@ from websockets.asyncio.client import ClientConnection
 from actors.bus import BusError
 from actors.config import Config, ConfigError, load_config
 from actors.redis_server import RedisServerError
+from actors.tasks import end_all
 from actors.video import VideoError, VideoInfo, encode_jpeg, probe, read_frames
 from serve.app import REPOSITORY, StartError, running
 from serve.client_events import pack_binary
@@ -109,9 +110,7 @@ class Viewer:
         except TimeoutError:
             raise DemoError(f"the session had not ended {self.plan.wait_s:g} s after its last frame") from None
         finally:
-            for task in (listening, playing):
-                task.cancel()
-            await asyncio.gather(listening, playing, return_exceptions=True)
+            await end_all((listening, playing))
         if self.ended is None:
             raise DemoError("the server closed the connection before the session had ended")
         return self.ended

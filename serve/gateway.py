@@ -21,6 +21,7 @@ from actors.config import Section
 from actors.messages import SessionSettings
 from actors.meters import gauge
 from actors.replicas import ReplicaReport, Reporter
+from actors.tasks import end_all
 from serve.autoscaling import ScalingConfig
 from serve.client_events import ClientError
 from serve.conversation import Conversation
@@ -211,8 +212,7 @@ class Gateway:
     async def close(self) -> None:
         """Stop looking after sessions."""
         if self._watching is not None:
-            self._watching.cancel()
-            await asyncio.gather(self._watching, return_exceptions=True)
+            await end_all([self._watching])
 
     async def _watch(self, since_ms: int) -> None:
         """See now and then who has connected elsewhere and whether this gateway shall let its clients go."""

@@ -17,6 +17,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from actors.bus import BusError
 from actors.image import check_image
+from actors.tasks import end_all
 from serve.client_events import (
     ClientError,
     ConversationItemCreate,
@@ -132,9 +133,7 @@ class Connection:
                 for task in done:
                     task.result()
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await end_all(tasks)
         await self._outgoing.flush()
         if self.websocket.application_state is WebSocketState.CONNECTED:
             await self.websocket.close(NORMAL)

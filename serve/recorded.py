@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from actors.bus import BusError
+from actors.tasks import end_all
 from actors.video import VideoError, encode_jpeg, probe, read_frames
 from serve.client_events import ClientError
 from serve.conversation import Conversation, NoCapacity
@@ -121,9 +122,7 @@ async def _watch(recording: Recording, conversation: Conversation, gateway: Gate
     except StopAsyncIteration:
         pass
     finally:
-        for task in (*tasks, following):
-            task.cancel()
-        await asyncio.gather(*tasks, following, return_exceptions=True)
+        await end_all((*tasks, following))
 
 
 async def _supply(recording: Recording, conversation: Conversation) -> None:

@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
 from actors.bus import BusError, SessionMeta
 from actors.messages import End, Interrupt, Query
 from actors.messages import SessionEnded as SessionEndedEntry
+from actors.tasks import end_all
 from serve.access import Client, TheGateway
 from serve.client_events import ClientError, SessionPatch, VideoTime, check_time
 from serve.conversation import Conversation, NoCapacity, suppress_gone
@@ -156,10 +157,7 @@ class Streams:
 
     async def close(self) -> None:
         """Stop reading."""
-        tasks = [running.task for running in self._known.values() if running.task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end_all([running.task for running in self._known.values() if running.task is not None])
 
     async def _read(self, running: Running, stack: AsyncExitStack) -> None:
         """From the first picture to the session's end, however it comes."""
@@ -185,9 +183,7 @@ class Streams:
                 log.warning("stream=%s source=%s failed: %s", conversation.id, running.ingest.source.shown, error)
             finally:
                 running.ingest.stopped.set()
-                for task in (*work, end):
-                    task.cancel()
-                await asyncio.gather(*work, end, return_exceptions=True)
+                await end_all((*work, end))
 
 
 async def _until(end: asyncio.Task[None], work: list[asyncio.Task[None]]) -> None:
