@@ -90,7 +90,7 @@ async def metrics(gateway: TheGateway) -> Response:
     return Response(exposition(await gateway.reports()), media_type=CONTENT_TYPE)
 
 
-@router.get("/v1/stats", responses=described(503), dependencies=[Depends(authorized)])
+@router.get("/v1/stats", responses=described(422, 503), dependencies=[Depends(authorized)])
 async def stats(gateway: TheGateway, timeline: bool = False) -> dict[str, list[dict[str, object]]]:
     """Every replica's counts and rates, by role; with `timeline` also the latest `steps` of encoders and LLMs."""
     found = await gateway.stats()
