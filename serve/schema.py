@@ -13,6 +13,7 @@ from fastapi import APIRouter
 from pydantic import TypeAdapter
 
 from serve.client_events import BINARY_HEADER, BINARY_VERSION, AnyClientEvent
+from serve.errors import described
 from serve.server_events import AnyServerEvent
 
 router = APIRouter(tags=["realtime"])
@@ -35,7 +36,7 @@ def realtime_schema() -> dict[str, object]:
     }
 
 
-@router.get("/v1/realtime/schema")
+@router.get("/v1/realtime/schema", responses=described())
 async def schema() -> dict[str, object]:
     """JSON Schema of the messages of the WebSocket `/v1/realtime`."""
     return realtime_schema()
