@@ -29,6 +29,7 @@ from actors.redis_errors import FAILURES, failure, is_away
 from actors.replicas import ReplicaSide
 from actors.scripts import GROUP
 from actors.session_log import BusConfig, BusError, Entry, Lease, PendingFrame, SessionMeta
+from actors.tasks import cancellable
 
 __all__ = ["Bus", "BusConfig", "BusError", "Lease", "PendingFrame", "SessionMeta"]
 
@@ -145,15 +146,18 @@ class Bus(GatewaySide, EncoderSide, OwnerSide, ReplicaSide):
         while True:
             pubsub = None
             try:
-                pubsub = await self.client.listener()
-                await pubsub.subscribe(self.keys.ready)
+                with cancellable():
+                    pubsub = await self.client.listener()
+                    await pubsub.subscribe(self.keys.ready)
                 yield None
                 pauses = _pauses()
                 while True:
-                    message = await pubsub.get_message(timeout=QUIET_S)
-                    if message is None:
-                        await pubsub.ping()  # a connection that died silently shows when it is written to
-                    elif message["type"] == "message":
+                    with cancellable():
+                        message = await pubsub.get_message(timeout=QUIET_S)
+                        if message is None:
+                            await pubsub.ping()  # a connection that died silently shows when it is written to
+                            continue
+                    if message["type"] == "message":
                         yield message["data"].decode()
             except FAILURES as error:
                 log.warning("%s; announcements are interrupted", failure(error, self.address).text)
@@ -203,7 +207,8 @@ class Bus(GatewaySide, EncoderSide, OwnerSide, ReplicaSide):
         pauses = _pauses()
         while True:
             try:
-                return await attempt()
+                with cancellable():
+                    return await attempt()
             except FAILURES as error:
                 problem = failure(error, self.address)
                 pause_s = next(pauses)

@@ -315,7 +315,8 @@ class EncoderWorker:
         pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**self._bus_errors_in_a_row) * random.uniform(0.5, 1.0)
         self._bus_errors_in_a_row += 1
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._stopping.wait(), pause_s)
+            async with asyncio.timeout(pause_s):
+                await self._stopping.wait()
 
 
 def build_encoder_worker(config: Config, bus: Bus, name: str) -> EncoderWorker:

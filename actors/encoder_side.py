@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from contextlib import suppress
 from typing import Literal, cast
 
 from pydantic import ValidationError
@@ -58,10 +59,9 @@ class EncoderSide(LogConnection):
             wait_s = min(deadline, self._next_poll, self._next_reclaim) - loop.time()
             if frames or loop.time() >= deadline:
                 return frames
-            try:
-                await asyncio.wait_for(self._news.wait(), max(wait_s, 0))
-            except TimeoutError:
-                continue
+            with suppress(TimeoutError):
+                async with asyncio.timeout(max(wait_s, 0)):
+                    await self._news.wait()
 
     async def publish(
         self, pending: PendingFrame, message: FrameTokens | FrameSkipped

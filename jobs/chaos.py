@@ -125,7 +125,7 @@ async def _lose(app: Application, image: bytes, seed: int) -> tuple[list[str], b
     await _going_on([later], [task], time.monotonic())
     stop.set()
     await asyncio.wait([task], timeout=END_S)
-    task.cancel()
+    await end_all([task])
     return [client.books.outcome for client in clients], later.books.sound
 
 

@@ -126,14 +126,16 @@ async def soak(app: Application, sessions: int, seed: int, seconds: float, repor
     began, chosen = time.monotonic(), random.Random(seed)
     end = began + seconds
     visitors = [_visit(app, random.Random(seed * 1000 + n), end, report) for n in range(sessions)]
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(work) for work in [*visitors, _kill(app, chosen, began, end, report)]]
+    tasks = [asyncio.create_task(work) for work in [*visitors, _kill(app, chosen, began, end, report)]]
+    try:
         while time.monotonic() < end:
             await asyncio.sleep(EVERY_S)
-            if any(task.done() for task in tasks):
-                await asyncio.gather(*(task for task in tasks if task.done()))
+            await asyncio.gather(*(task for task in tasks if task.done()))
             with suppress(httpx.HTTPError, *FAILURES):
                 report.samples.append(await _sample(app, time.monotonic() - began))
+        await asyncio.gather(*tasks)
+    finally:
+        await end_all(tasks)
     report.hours = (time.monotonic() - began) / 3600
 
 

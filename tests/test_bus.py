@@ -284,3 +284,19 @@ async def test_an_idle_bus_hardly_asks_anything(own: Bus, server: RedisServer) -
     following.cancel()
     await asyncio.gather(following, return_exceptions=True)
     await tail.aclose()
+
+
+async def test_a_task_that_asks_again_and_again_ends_with_its_first_cancellation(own: Bus) -> None:
+    """At whichever step of sending and reading it comes: Python 3.11 forgets one that comes as the sending ends."""
+
+    async def forever() -> None:
+        while True:
+            await own.session_meta("a")
+
+    for steps in range(40):
+        task = asyncio.create_task(forever())
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task], timeout=5)
+        assert task.cancelled(), f"it went on when it was cancelled after {steps} steps"
