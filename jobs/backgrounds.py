@@ -33,6 +33,22 @@ PHOTOGRAPHS: dict[str, tuple[str, ...]] = {
     "sklearn/datasets/images/china.jpg": ("temple", "palace", "roof"),
     "sklearn/datasets/images/flower.jpg": ("daisy",),
 }
+# Colours of places, from dark to light: leaves, grass, earth, sand, sky, water, stone, wood, night, snow, rooms.
+SCENERY = (
+    ((18, 32, 12), (60, 96, 36), (140, 170, 80), (220, 225, 170)),
+    ((40, 70, 20), (96, 140, 50), (160, 190, 90)),
+    ((40, 28, 18), (110, 80, 52), (176, 140, 100)),
+    ((150, 120, 84), (206, 176, 130), (236, 216, 180)),
+    ((70, 120, 190), (140, 180, 225), (235, 240, 248)),
+    ((10, 40, 60), (40, 100, 120), (120, 180, 190)),
+    ((50, 50, 54), (120, 120, 122), (196, 194, 190)),
+    ((60, 32, 16), (130, 80, 44), (190, 140, 90)),
+    ((4, 5, 12), (30, 32, 56), (120, 90, 60)),
+    ((170, 180, 196), (226, 232, 240), (252, 252, 252)),
+    ((90, 70, 60), (170, 150, 130), (226, 214, 196)),
+    ((120, 50, 90), (200, 110, 140), (240, 190, 200)),
+)
+BLOTCHES = 320
 TEXT = "text"  # what a title card shows: no class of the encoder's, so it is in view by decree
 ASPECTS = (1.0, 4 / 3, 16 / 9, 16 / 9)  # of the camera: the encoder pads to a square with black
 WORDS = """
@@ -67,6 +83,38 @@ def clip(random: np.random.Generator, length: int) -> tuple[np.ndarray, tuple[st
     if kind < 0.85:
         return _barred(filmed(_pattern(random), random, length), random), ()
     return _barred(_noisy(np.repeat(title_card(random)[None], length, axis=0), random), random), (TEXT,)
+
+
+def scenery(random: np.random.Generator, length: int) -> np.ndarray:
+    """Frames (length, 224, 224, 3) of a place out of focus: ground and sky, leaves, lights, made of noise."""
+    lower, upper = (_blotches(random, SCENERY[random.integers(len(SCENERY))]) for _ in range(2))
+    rows = np.arange(BLOTCHES)[:, None, None] / BLOTCHES
+    horizon = random.uniform(-0.3, 1.3)
+    soft = random.uniform(0.02, 0.3)
+    part = 1 / (1 + np.exp(np.clip((horizon - rows) / soft, -50, 50)))
+    picture = Image.fromarray((upper * (1 - part) + lower * part).clip(0, 255).astype(np.uint8))
+    draw = ImageDraw.Draw(picture)
+    for _ in range(int(random.choice((0, 0, 4, 12)))):
+        x, y, radius = *random.uniform(0, BLOTCHES, 2), random.uniform(4, 26)
+        light = tuple(int(value) for value in random.integers(120, 256, 3))
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=light)
+    picture = picture.filter(ImageFilter.GaussianBlur(float(random.uniform(1, 14))))
+    return _barred(filmed(_varied(picture, random), random, length), random)
+
+
+def _blotches(random: np.random.Generator, colours: tuple[tuple[int, int, int], ...]) -> np.ndarray:
+    """Noise of several coarsenesses (320, 320, 3) between colours."""
+    level = np.zeros((BLOTCHES, BLOTCHES))
+    for cells in (3, 7, 18, 50, 140):
+        grid = random.random((cells, max(2, int(cells * random.choice((0.3, 1, 3)))))).astype(np.float32)
+        sized = Image.fromarray(grid).resize((BLOTCHES, BLOTCHES), Image.Resampling.BICUBIC)
+        level += np.asarray(sized) * random.uniform(0.1, 1)
+    level = (level - level.min()) / (np.ptp(level) or 1) * (len(colours) - 1)
+    ends = np.array(colours, np.float32) + random.normal(0, 18, (len(colours), 3))
+    low = np.minimum(level.astype(int), len(colours) - 2)
+    part = (level - low)[..., None]
+    mixed: np.ndarray = ends[low] * (1 - part) + ends[low + 1] * part
+    return mixed
 
 
 def title_card(random: np.random.Generator) -> np.ndarray:

@@ -53,12 +53,15 @@ class Classifier:
         """A frame's first token (..., 1280) to logits of the classes (..., 1000)."""
         return self.network.classifier(token)
 
-    def named(self, token: Tensor) -> tuple[Tensor, Tensor]:
-        """The likeliest name (...) of each token (..., 1280) and its probability; place -1 for the nameless."""
+    def chances(self, token: Tensor) -> Tensor:
+        """Probabilities (..., names + 1) of the names for each token (..., 1280); the last is of the nameless."""
         probabilities = self.logits(token).softmax(-1)
         totals = probabilities.new_zeros(*token.shape[:-1], len(self.names) + 1)
-        totals.index_add_(-1, self.places, probabilities)
-        best, place = totals.max(-1)
+        return totals.index_add_(-1, self.places, probabilities)
+
+    def named(self, token: Tensor) -> tuple[Tensor, Tensor]:
+        """The likeliest name (...) of each token (..., 1280) and its probability; place -1 for the nameless."""
+        best, place = self.chances(token).max(-1)
         return best, torch.where(place == len(self.names), -1, place)
 
 

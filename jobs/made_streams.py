@@ -16,10 +16,14 @@ from torch import Tensor
 
 from jobs.backgrounds import TEXT
 from jobs.class_fields import CELLS, Classifier, ellipses
+from jobs.object_names import kinds
 
 SURE = 0.45  # a name is in view from this probability on
 GAINS = (1.0, 1.4, 1.9)  # how strongly a thing is put in: the least that the classifier recognises
+FAINT = (0.8,)  # where it need not
 RECOGNISED = 0.6
+SURE_OF_KIND = 0.55
+DRAWN = 0.5  # share of what comes
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,9 @@ class Material:
     things: Tensor
     thing_names: Tensor
     natural: Tensor  # (320, 320): natural variation of a cell
+    empty: Tensor | None = None  # (P, L, 49, 320): scenes without, and with, what somebody drew
+    drawn: Tensor | None = None
+    drawn_names: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -46,12 +53,19 @@ class StreamMaker:
 
     def __init__(self, material: Material, classifier: Classifier, pooled: tuple[int, int]) -> None:
         self.material = material
+        self.kinds = kinds()
         self.classifier = classifier
         self.pooled = pooled
         self.by_name = [(material.thing_names == name).nonzero()[:, 0] for name in range(len(classifier.names))]
 
     def make(self, seed: int, length: int, quiet: float = 0.12, gap: tuple[int, int] = (2, 16)) -> Made:
-        """A stream of `length` frames; `quiet` is the share of streams in which nothing comes."""
+        """A stream of `length` frames; `quiet` is the share of streams in which nothing comes.
+
+        Where there are drawn things, they are half of what comes, and what the classifier does not recognise
+        although it is of a kind with what was put there goes by the name of the kind: an "animal".
+        """
+        if self.material.drawn is not None:
+            return self._mixed(seed, length, quiet, gap)
         random = np.random.default_rng(seed)
         torch_random = torch.Generator().manual_seed(seed)
         fields, allowed = self._background(random, length)
@@ -70,6 +84,73 @@ class StreamMaker:
         sure, place = self.classifier.named(tokens[:, 0])
         seen = [self.classifier.names[p] if s >= SURE and p >= 0 else None for s, p in zip(sure, place, strict=True)]
         return Made(tokens.half(), [_agreed(name, names) for name, names in zip(seen, allowed, strict=True)])
+
+    def _mixed(self, seed: int, length: int, quiet: float, gap: tuple[int, int]) -> Made:
+        random = np.random.default_rng(seed)
+        torch_random = torch.Generator().manual_seed(seed)
+        fields, allowed = self._background(random, length)
+        decided = list[str | None]([None] * length)
+        put = list[tuple[int, int, str]]()
+        before = 0
+        for start, stop, cut in self._schedule(random, length, gap) if random.random() >= quiet else ():
+            if random.random() < DRAWN:
+                self._draw(fields, allowed, decided, (before if not cut else start, start, stop), random)
+            else:
+                if cut:
+                    fields[start:], allowed[start:] = self._background(random, length - start)
+                name = int(random.integers(len(self.classifier.names)))
+                gains = GAINS if random.random() < 0.75 else FAINT
+                fields[start:stop] = self._with_thing(fields[start:stop], name, cut, random, torch_random, gains)
+                word = self.classifier.names[name]
+                allowed[start:stop] = [{*names, word} for names in allowed[start:stop]]
+                put.append((start, stop, word))
+                self._flash(fields, stop, random, torch_random)
+            before = stop
+        noise = torch.randn(length, 1, 320, generator=torch_random) @ self.material.natural.T
+        fields = fields + float(random.choice((0, 0.03, 0.08))) * noise
+        tokens = self.classifier.tokens(fields, self.pooled)
+        chances = self.classifier.chances(tokens[:, 0])
+        sure, place = chances[:, :-1].max(-1)
+        seen = [self.classifier.names[p] if s >= SURE else None for s, p in zip(sure.tolist(), place, strict=True)]
+        shown = [_agreed(name, names) for name, names in zip(seen, allowed, strict=True)]
+        for start, stop, word in put:
+            shown[start:stop] = self._called(word, shown[start:stop], chances[start:stop])
+        return Made(tokens.half(), [name or agreed for name, agreed in zip(decided, shown, strict=True)])
+
+    def _draw(
+        self,
+        fields: Tensor,
+        allowed: list[set[str]],
+        decided: list[str | None],
+        place: tuple[int, int, int],
+        random: np.random.Generator,
+    ) -> None:
+        """Put in a drawn thing at [start, stop); its place without it is there from `before`, and after it or a cut."""
+        assert self.material.empty is not None
+        assert self.material.drawn is not None
+        number = int(random.integers(len(self.material.drawn)))
+        empty, drawn = self.material.empty[number].float(), self.material.drawn[number].float()
+        before, start, stop = place
+        phase = int(random.integers(len(empty)))
+        around = torch.cat([torch.arange(len(empty)), torch.arange(len(empty) - 2, 0, -1)])
+        at = around[(phase + torch.arange(len(fields))) % len(around)]
+        fields[before:start] = empty[at[before:start]]
+        fields[start:stop] = drawn[at[start:stop]]
+        allowed[before:stop] = [set()] * (stop - before)
+        decided[before:stop] = [None] * (start - before) + [self.material.drawn_names[number]] * (stop - start)
+        if random.random() < 0.7:
+            fields[stop:] = empty[at[stop:]]
+            allowed[stop:] = [set()] * (len(fields) - stop)
+
+    def _called(self, word: str, seen: Sequence[str | None], chances: Tensor) -> list[str | None]:
+        """What a thing that was put in is called while it is there: its name if it is often seen, else its kind."""
+        kind = self.kinds.get(word)
+        if kind is None:
+            return list(seen)
+        of_kind = [place for place, name in enumerate(self.classifier.names) if self.kinds.get(name) == kind]
+        likely = (chances[:, of_kind].sum(1) >= SURE_OF_KIND).tolist()
+        called = word if sum(name == word for name in seen) > len(seen) / 3 else kind
+        return [name or (called if alike else None) for name, alike in zip(seen, likely, strict=True)]
 
     def quiet(self, seed: int, length: int) -> Tensor:
         """Frame tokens (length, N, 1280) fp16 of scenes without anything that has a name, each for a minute or more."""
@@ -110,7 +191,13 @@ class StreamMaker:
         return stays
 
     def _with_thing(
-        self, fields: Tensor, name: int, cut: bool, random: np.random.Generator, torch_random: torch.Generator
+        self,
+        fields: Tensor,
+        name: int,
+        cut: bool,
+        random: np.random.Generator,
+        torch_random: torch.Generator,
+        gains: Sequence[float] = GAINS,
     ) -> Tensor:
         """The fields with a thing of that name, as strong as it must be to be recognised."""
         count = len(fields)
@@ -130,7 +217,7 @@ class StreamMaker:
             strength[int(random.integers(4, count - 1))] = 0
         wobble = 1 + 0.08 * torch.randn(count, generator=torch_random)
         placed = (strength * wobble)[:, None, None] * amount * thing
-        for gain in GAINS:
+        for gain in gains:
             changed = fields + gain * placed
             sure, place = self.classifier.named(self.classifier.features(changed).mean(1))
             if float(sure[place == name].sum()) >= RECOGNISED * count:

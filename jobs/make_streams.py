@@ -13,6 +13,7 @@ starts (model.checkpoint). Needs the packages of the extra `default-model`.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import random
 import sys
@@ -30,11 +31,12 @@ from actors.config import DEFAULT_SYSTEM_PROMPT, Config, ConfigError, ModelConfi
 from actors.efficientnet import load_embedded
 from actors.runtime import limit_threads
 from actors.vision import EMBEDDED, vision_fingerprint
-from jobs.backgrounds import TEXT, MissingPhotographsError, clip
+from jobs.backgrounds import TEXT, MissingPhotographsError, clip, scenery
 from jobs.class_fields import Classifier, Injector
 from jobs.connector_start import start_connector
 from jobs.dialogue_files import to_line
 from jobs.dialogues import Dialogue, split_of
+from jobs.drawn_things import MissingDrawingsError, drawn_names, read_drawings, scenes
 from jobs.frame_store import FrameStore, StoreInfo
 from jobs.made_streams import SURE, Material, StreamMaker
 from jobs.program import run
@@ -45,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 FPS = 2.0
 THINGS_AT_ONCE = 250
+DRAWN_FRAMES = 10
 
 
 class StreamSet(Section):
@@ -54,6 +57,7 @@ class StreamSet(Section):
     frames: tuple[int, int] = Field(description="shortest and longest, at 2 a second")
     gap: tuple[int, int] = Field(default=(2, 16), description="frames without a thing between two of them")
     quiet: float = Field(default=0.12, ge=0, le=1, description="share of the streams in which nothing comes")
+    curious: bool = Field(default=False, description="somebody asks in every stream, most often soon after a change")
 
 
 class StreamsConfig(Section):
@@ -63,6 +67,11 @@ class StreamsConfig(Section):
     seed: int = 0
     clips: int = Field(default=260, ge=4, description="backgrounds, of 16 frames")
     things: int = Field(default=14, ge=1, description="of each name")
+    drawings: str | None = Field(
+        default=None, description="folder of the emoji that come too; see jobs/drawn_things.py"
+    )
+    drawn: int = Field(default=700, ge=1, description="scenes with one of them, of 10 frames")
+    sceneries: int = Field(default=200, ge=0, description="clips of made-up places out of focus, beside the drawings")
     validation_fraction: float = Field(default=0.05, ge=0, lt=1)
     threads: int = Field(default=1, ge=1)
     sets: dict[str, StreamSet] = Field(
@@ -124,7 +133,17 @@ def material(settings: StreamsConfig, classifier: Classifier) -> Material:
             _make_material(settings, classifier, part)
     parts = load_file(folder / "material.safetensors")
     names = [tuple(line.split("|")) if line else () for line in (folder / "clip_names.txt").read_text().splitlines()]
-    return Material(parts["clips"], names, parts["things"], parts["thing_names"], parts["natural"])
+    drawn = (folder / "drawn_names.txt").read_text().splitlines() if "drawn" in parts else []
+    return Material(
+        parts["clips"],
+        names,
+        parts["things"],
+        parts["thing_names"],
+        parts["natural"],
+        parts.get("empty"),
+        parts.get("drawn"),
+        drawn,
+    )
 
 
 def _make_material(settings: StreamsConfig, classifier: Classifier, folder: Path) -> None:
@@ -133,13 +152,16 @@ def _make_material(settings: StreamsConfig, classifier: Classifier, folder: Path
     for _ in tqdm(range(settings.clips), desc="clips", disable=not sys.stderr.isatty()):
         frames, right = clip(numbers, 16)
         field = classifier.trunk(torch.from_numpy(frames))
-        if not misread(classifier, field, right):
+        if (settings.drawings is not None and not right) or not misread(classifier, field, right):
             fields.append(field.half())
             names.append(right)
+    drawings = read_drawings(Path(settings.drawings)) if settings.drawings is not None else []
+    for _ in tqdm(range(settings.sceneries if drawings else 0), desc="sceneries", disable=not sys.stderr.isatty()):
+        # Kept although the classifier may be sure of something: that it is wrong there is to be learnt.
+        fields.append(classifier.trunk(torch.from_numpy(scenery(numbers, 16))).half())
+        names.append(())
     clips = torch.stack(fields)
-    logger.info(
-        "clips=%d, and %d in which the classifier is sure of something wrong", len(clips), settings.clips - len(clips)
-    )
+    logger.info("clips=%d", len(clips))
     injector = Injector(classifier, clips[:, ::4].flatten(0, 1).float())
     torch_numbers = torch.Generator().manual_seed(settings.seed)
     drawn = [
@@ -152,15 +174,22 @@ def _make_material(settings: StreamsConfig, classifier: Classifier, folder: Path
         classes = torch.tensor([one[1] for one in drawn[at : at + THINGS_AT_ONCE]])
         things.append(injector.things(classes, torch_numbers).half())
     thing_names = torch.tensor([one[0] for one in drawn])
-    save_file(
-        {
-            "clips": clips,
-            "things": torch.cat(things),
-            "thing_names": thing_names,
-            "natural": injector.spread.contiguous(),
-        },
-        folder / "material.safetensors",
-    )
+    parts = {
+        "clips": clips,
+        "things": torch.cat(things),
+        "thing_names": thing_names,
+        "natural": injector.spread.contiguous(),
+    }
+    if drawings:
+        empty, shown, of = [], [], []
+        chosen = itertools.islice(scenes(drawings, numbers, DRAWN_FRAMES), settings.drawn)
+        for one in tqdm(chosen, desc="drawn", total=settings.drawn, disable=not sys.stderr.isatty()):
+            empty.append(classifier.trunk(torch.from_numpy(one.empty)).half())
+            shown.append(classifier.trunk(torch.from_numpy(one.shown)).half())
+            of.append(f"{one.name}\n")
+        parts["empty"], parts["drawn"] = torch.stack(empty), torch.stack(shown)
+        (folder / "drawn_names.txt").write_text("".join(of))
+    save_file(parts, folder / "material.safetensors")
     (folder / "clip_names.txt").write_text("".join("|".join(right) + "\n" for right in names))
 
 
@@ -184,6 +213,9 @@ def _make_set(
     store = FrameStore.create(folder / "tokens", info)
     (folder / "dialogues").mkdir()
     lines: dict[str, list[str]] = {"train": [], "validation": []}
+    nameable = [*classifier.names, TEXT]
+    if maker.material.drawn is not None:
+        nameable += sorted(set(drawn_names().values()) - set(nameable))
     with store.locked():
         for seed in tqdm(range(first, first + wanted.streams), desc=name, disable=not sys.stderr.isatty()):
             chance = random.Random(seed)
@@ -193,7 +225,8 @@ def _make_set(
             with store.writer(video, "made up") as writer:
                 writer.append([frame / FPS for frame in range(length)], made.tokens.contiguous())
                 writer.commit()
-            turns = Talk(chance, [*classifier.names, TEXT]).conversation(made.shown, DEFAULT_SYSTEM_PROMPT)
+            talk = Talk(chance, nameable, curious=wanted.curious)
+            turns = talk.conversation(made.shown, DEFAULT_SYSTEM_PROMPT)
             dialogue = Dialogue(
                 dialogue_id=video,
                 task="made_stream",
@@ -212,7 +245,7 @@ def _make_set(
 
 SECTIONS: dict[str, type[Section]] = {"model": ModelConfig, "streams": StreamsConfig, "training": TrainingConfig}
 
+ERRORS = (MissingPhotographsError, MissingDrawingsError)
+
 if __name__ == "__main__":
-    sys.exit(
-        run(make, module="jobs.make_streams", about=__doc__, sections=SECTIONS, user_errors=(MissingPhotographsError,))
-    )
+    sys.exit(run(make, module="jobs.make_streams", about=__doc__, sections=SECTIONS, user_errors=ERRORS))

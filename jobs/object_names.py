@@ -84,6 +84,36 @@ coast; 977-978 beach; 979 valley; 980 volcano; 981 baseball player; 982 groom; 9
 daisy; 986 orchid; 987 corn; 988 acorn; 989-990 -; 991-997 mushroom; 998 corn; 999 toilet paper
 """
 
+# What something is when one cannot tell which: "an animal".
+_KINDS = {
+    "bird": """
+        bird; crane bird; duck; eagle; flamingo; goose; hen; heron; hummingbird; ostrich; owl; parrot; peacock;
+        pelican; penguin; rooster; seagull; stork; swan; toucan; vulture
+    """,
+    "animal": """
+        antelope; armadillo; badger; bear; beaver; bison; buffalo; camel; cat; cheetah; chimpanzee; cougar; cow;
+        crocodile; dinosaur; dog; elephant; fox; frog; goat; gorilla; groundhog; guinea pig; hamster; hedgehog;
+        hippo; horse; hyena; kangaroo; koala; lemur; leopard; lion; lizard; llama; lynx; meerkat; mongoose; monkey;
+        orangutan; otter; panda; pig; platypus; porcupine; rabbit; red panda; salamander; seal; sheep; skunk; sloth;
+        snake; squirrel; tiger; turtle; weasel; wild boar; wild dog; wolf; wombat; zebra
+    """,
+    "vehicle": """
+        ambulance; bus; camper van; car; fire truck; forklift; garbage truck; go-kart; golf cart; harvester; jeep;
+        mobile home; old car; police car; race car; school bus; snowplow; sports car; steam train; taxi; tow truck;
+        tractor; train; tram; truck; van
+    """,
+    "building": """
+        barn; boathouse; castle; church; dome; library; mosque; palace; temple; tower; yurt
+    """,
+    "landscape": """
+        beach; cliff; coast; field of flowers; lake; mountain; valley; volcano
+    """,
+    "musical instrument": """
+        accordion; banjo; bassoon; cello; drum; flute; guitar; harmonica; harp; horn; oboe; organ; piano; saxophone;
+        trombone; trumpet; violin; xylophone
+    """,
+}
+
 _UNCOUNTED = frozenset(
     [
         "armor",
@@ -133,6 +163,11 @@ def object_names() -> list[str | None]:
     if missing or len(names) != NUM_CLASSES:
         raise ValueError(f"{len(names)} classes have a name, expected {NUM_CLASSES}; missing {missing[:10]}")
     return [names[number] for number in range(NUM_CLASSES)]
+
+
+def kinds() -> dict[str, str]:
+    """What kind of thing a name is, where that has a name of its own: a "cat" is an "animal"."""
+    return {name.strip(): kind for kind, members in _KINDS.items() for name in members.split(";")}
 
 
 def with_article(name: str) -> str:

@@ -112,6 +112,7 @@ class Talk:
 
     random: Random
     names: Sequence[str]
+    curious: bool = False
     view: View = field(default_factory=View)
     watched: str | None = None
 
@@ -121,7 +122,7 @@ class Talk:
 
     def _turns(self, shown: Sequence[str | None]) -> Iterator[Turn]:
         yield from self._opening(shown)
-        asked = self._question_frames(len(shown))
+        asked = self._curious_frames(shown) if self.curious else self._question_frames(len(shown))
         waiting = 0
         for frame, name in enumerate(shown):
             waiting += 1
@@ -165,7 +166,7 @@ class Talk:
 
     def _watch(self, later: Sequence[str | None]) -> str:
         """Ask to be told of a name, most often of one that comes."""
-        coming = sorted({name for name in later if name is not None and name != self.view.current})
+        coming = sorted({name for name in later if name and name in self.names and name != self.view.current})
         self.watched = self.random.choice(coming if coming and self.random.random() < 0.75 else self.names)
         return self.random.choice(WATCH).format(thing=with_article(self.watched))
 
@@ -180,8 +181,19 @@ class Talk:
         count = self.random.choice((0, 0, 1, 1, 2, 3))
         return {self.random.randrange(2, max(3, length)) for _ in range(count)}
 
+    def _curious_frames(self, shown: Sequence[str | None]) -> set[int]:
+        """Up to four moments, most of them some seconds after what is in view has changed."""
+        changes = [frame for frame in range(2, len(shown)) if shown[frame] == shown[frame - 1] != shown[frame - 2]]
+        moments = set[int]()
+        for _ in range(self.random.randint(1, 4)):
+            frame = self.random.randrange(2, max(3, len(shown)))
+            if changes and self.random.random() < 0.7:
+                frame = self.random.choice(changes) + self.random.randint(1, 8)
+            moments.add(frame)
+        return moments
+
     def _question(self, later: Sequence[str | None]) -> tuple[str, str]:
-        kind, view = self.random.random(), self.view
+        kind, view = self.random.random() * (0.75 if self.curious else 1), self.view
         if kind < 0.25:
             return self.random.choice(NOW), answer_now(view)
         if kind < 0.55:

