@@ -8,6 +8,7 @@ was not acknowledged once more. At the end it asks for the whole log and compare
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import random
 import struct
@@ -68,7 +69,8 @@ class Books:
 
     def recovery(self, since: float) -> float | None:
         """Seconds from a moment until the first frame due after it was decided; None while none was."""
-        index = next((index for index, due in sorted(self.due.items()) if due >= since), None)
+        later = itertools.takewhile(lambda item: item[1] >= since, reversed(self.due.items()))
+        index = min((index for index, _ in later), default=-1)
         return self.decided[index] - since if index in self.decided else None
 
 
