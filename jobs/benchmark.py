@@ -20,7 +20,6 @@ the machine does slows both; trust the ratios, not the milliseconds.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import platform
 import re
@@ -123,10 +122,9 @@ def train(arguments: argparse.Namespace) -> None:
     print(report.table())
     if arguments.save:
         machine = arguments.machine or re.sub(r"[^a-z0-9]+", "-", str(report.machine["processor"]).lower()).strip("-")
-        path = Path(arguments.save) / f"{report.machine['date']}-train-{machine}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report.document(), indent=1) + "\n")
-        print(f"\nsaved: {path}")
+        path = Path(arguments.save) / f"{report.machine['date']}-train-{machine}"
+        report.save(path)
+        print(f"\nsaved: {path}.json and {path}.png")
 
 
 def stream(arguments: argparse.Namespace) -> None:
@@ -204,7 +202,7 @@ def _parser() -> argparse.ArgumentParser:
     three.add_argument("--steps", type=int, default=4, help="measured, after one that warms up (default: 4)")
     three.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     three.add_argument("--quick", action="store_true", help="one step: does it run?")
-    three.add_argument("--save", metavar="FOLDER", help="write FOLDER/<date>-train-<machine>.json")
+    three.add_argument("--save", metavar="FOLDER", help="write FOLDER/<date>-train-<machine>.json and .png")
     three.add_argument("--machine", metavar="NAME", help="name in the file's name (default: the processor's)")
     three.set_defaults(run=train)
     _add_stream(kinds)

@@ -1,9 +1,10 @@
 """Packed training against the public reference's loop, on the same dialogues, order, weights and machine.
 
 The loop: one dialogue after another through the LLM's own modules under PEFT, logits at every position, gradients
-accumulated over the batch. Both train a copy of the same model, step by step in turn, so that whatever else the
-machine does slows both; and both report the loss of every step, which must be the same. Dialogues are made up,
-frame tokens random: speed depends on neither.
+accumulated over the batch, layers recomputed in the backward (its scripts say `--gradient_checkpointing True`); and
+the same without recomputing. All ways train a copy of the same model, step by step in turn, so that whatever else the
+machine does slows all; and they report the loss of every step, which must be the same. Dialogues are made up, frame
+tokens random: speed depends on neither. What matrix products alone would take is measured beside.
 """
 
 from __future__ import annotations
@@ -12,17 +13,17 @@ import logging
 import random
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from actors import checkpoint
 from actors.config import Config
-from actors.dialogue import collate
+from actors.dialogue import IGNORED, collate
 from actors.model import VideoLLM, streaming_loss
 from actors.runtime import limit_threads, native_dtype
 from jobs.annotations import Moment, VideoAnnotation
@@ -32,67 +33,12 @@ from jobs.engine_benchmark import cpu_name
 from jobs.frame_store import FrameStore, StoreInfo
 from jobs.learner import Learner
 from jobs.plan import Pick, Plan, step_order
+from jobs.train_report import Arithmetic, TrainReport, Turn
 from jobs.training_config import TrainingConfig, learning_rate
 
 logger = logging.getLogger(__name__)
 
 WORDS = ("you", "open", "the", "red", "box", "take", "a", "cup", "put", "it", "cut", "onion", "wash", "hands", "pour")
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One step of one way: seconds, trained positions and the loss before the step."""
-
-    seconds: float
-    tokens: int
-    loss: float
-
-
-@dataclass(frozen=True)
-class TrainReport:
-    """Steps of both ways in their order, without the first of each, which warms up; `machine` says where."""
-
-    machine: dict[str, str | int | float]
-    loop: list[Turn]
-    packed: list[Turn]
-
-    @property
-    def ratio(self) -> float:
-        """Trained positions a second, packed to loop."""
-        return speed(self.packed[1:]) / speed(self.loop[1:])
-
-    @property
-    def loss_difference(self) -> float:
-        """The largest between the two curves, relative."""
-        return max(abs(a.loss - b.loss) / abs(b.loss) for a, b in zip(self.packed, self.loop, strict=True))
-
-    def table(self) -> str:
-        lines = [f"{name}: {value}" for name, value in self.machine.items()]
-        lines += ["", f"{'step':>5} {'loss, loop':>12} {'loss, packed':>13} {'loop, s':>9} {'packed, s':>10}"]
-        for number, (loop, packed) in enumerate(zip(self.loop, self.packed, strict=True), start=1):
-            lines.append(
-                f"{number:>5} {loop.loss:>12.6f} {packed.loss:>13.6f} {loop.seconds:>9.2f} {packed.seconds:>10.2f}"
-            )
-        lines += [
-            "",
-            f"trained positions a second: loop {speed(self.loop[1:]):.1f}, packed {speed(self.packed[1:]):.1f}",
-            f"{'met' if self.ratio >= 2 else 'MISSED':<7} times the loop: wanted 2, reached {self.ratio:.2f}",
-            f"largest difference of the loss curves: {self.loss_difference:.1e} of the loss",
-        ]
-        return "\n".join(lines)
-
-    def document(self) -> dict[str, object]:
-        return {
-            "machine": self.machine,
-            "ratio": self.ratio,
-            "loss_difference": self.loss_difference,
-            "loop": [vars(turn) for turn in self.loop],
-            "packed": [vars(turn) for turn in self.packed],
-        }
-
-
-def speed(turns: Sequence[Turn]) -> float:
-    return sum(turn.tokens for turn in turns) / sum(turn.seconds for turn in turns)
 
 
 def run(config: Config, steps: int, device: str = "cpu", dialogues: int = 64) -> TrainReport:
@@ -101,15 +47,21 @@ def run(config: Config, steps: int, device: str = "cpu", dialogues: int = 64) ->
     limit_threads(settings.threads)
     clock = time.process_time if device == "cpu" and settings.threads == 1 else time.perf_counter
     with tempfile.TemporaryDirectory() as folder:
-        packed, loop = (_loaded(config, settings, device) for _ in range(2))
+        packed, loop, kept = (_loaded(config, settings, device) for _ in range(3))
         data = made_up(config, packed, dialogues, Path(folder))
         plan = Plan([data.measure(index) for index in range(len(data))], settings)
-        learner, reference = Learner(packed.model, data, plan, settings), _Loop(loop.model, data, settings)
-        turns: dict[str, list[Turn]] = {"packed": [], "loop": []}
+        arithmetic = _arithmetic(packed.model, data, plan, clock)
+        learner = Learner(packed.model, data, plan, settings)
+        loops = {
+            "loop": _Loop(loop.model, data, settings, recompute=True),
+            "loop_kept": _Loop(kept.model, data, settings),
+        }
+        turns: dict[str, list[Turn]] = {**{way: [] for way in loops}, "packed": []}
         for number in range(steps + 1):
-            turns["loop"].append(_timed(lambda n=number: reference.step(n), clock))  # type: ignore[misc]
+            for way, reference in loops.items():
+                turns[way].append(_timed(partial(reference.step, number), clock))
             turns["packed"].append(_timed(lambda: _packed_step(learner), clock))
-            logger.info("step=%d loop_s=%.1f packed_s=%.1f", number, *(turns[way][-1].seconds for way in turns))
+            logger.info("step=%d %s", number, " ".join(f"{way}_s={turns[way][-1].seconds:.1f}" for way in turns))
     about: dict[str, str | int | float] = {
         "date": datetime.now(UTC).date().isoformat(),
         "processor": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
@@ -124,7 +76,7 @@ def run(config: Config, steps: int, device: str = "cpu", dialogues: int = 64) ->
             sum(one.labels for one in plan.measured) / sum(one.tokens for one in plan.measured), 3
         ),
     }
-    return TrainReport(about, turns["loop"], turns["packed"])
+    return TrainReport(about, turns, arithmetic)
 
 
 def made_up(config: Config, loaded: checkpoint.Loaded, count: int, folder: Path) -> TrainingSet:
@@ -155,8 +107,10 @@ def made_up(config: Config, loaded: checkpoint.Loaded, count: int, folder: Path)
 class _Loop:
     """The reference's way to take a step."""
 
-    def __init__(self, model: VideoLLM, data: TrainingSet, settings: TrainingConfig) -> None:
+    def __init__(self, model: VideoLLM, data: TrainingSet, settings: TrainingConfig, recompute: bool = False) -> None:
         self.model = model
+        if recompute:
+            model.base_llm.activation_checkpointing_enable({"use_reentrant": False})
         self.data = data
         self.settings = settings
         self.learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -186,6 +140,38 @@ class _Loop:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return sum(len(sample.rendered.input_ids) for sample in samples), total
+
+
+def _arithmetic(model: VideoLLM, data: TrainingSet, plan: Plan, clock: Callable[[], float]) -> Arithmetic:
+    """Matrix products of the decoder and the head, attention left out; measured on the widest of a layer's.
+
+    Frozen weights cost a forward and the gradient of their inputs, an adapter that of itself, too.
+    """
+    decoder = model.base_llm.get_decoder()
+    named = [(name, p) for name, p in decoder.layers.named_parameters() if p.ndim == 2]
+    lora = sum(p.numel() for name, p in named if ".lora_" in name)
+    frozen = sum(p.numel() for name, p in named if ".lora_" not in name)
+    head = model.base_llm.get_output_embeddings().weight.numel()
+    step = [data.packed(pack.picks, (1, 1), 1, 0).packed for pack in plan.packs(1)]
+    trained = sum(sum(pack.dialogue_lengths) for pack in step)
+    rows, labels = sum(len(pack.input_ids) for pack in step), sum(int((pack.labels != IGNORED).sum()) for pack in step)
+    layers, heads = 4 * frozen + 6 * lora, 4 * head
+    needed = {
+        "loop": layers + 2 * (frozen + lora) + heads,
+        "loop_kept": layers + heads,
+        "packed": (rows * layers + labels * heads) / trained,
+    }
+    widest = max((p for _, p in named), key=Tensor.numel).detach()
+    inputs = torch.randn(512, widest.shape[1], dtype=widest.dtype, device=widest.device)
+    seconds = []
+    for _ in range(5):
+        start = clock()
+        for _ in range(10):
+            result = inputs @ widest.t()
+        float(result[0, 0])
+        seconds.append(clock() - start)
+    gflops = 10 * 2 * len(inputs) * widest.numel() / min(seconds) / 1e9
+    return Arithmetic({way: count / 1e9 for way, count in needed.items()}, gflops)
 
 
 def _packed_step(learner: Learner) -> tuple[int, float]:
