@@ -262,11 +262,14 @@ async def _run_worker(kind: str, config: Config, clip: Clip, url: str, pipe: Con
 
 
 def _of_version(config: Config, version: str) -> Config:
+    """The models with that version's frames and a random connector: a checkpoint is made for one kind of frame."""
     pooled, separator = VERSIONS[version]
     frames = FrameConfig(
         resolution_px=config.model.frames.resolution_px, cls=True, pooled=pooled, separator=separator
     ).model_dump(mode="json")
-    return Config({**config.sections, "model": {**config.sections["model"], "frames": frames}}, config.source)
+    model = {**config.sections["model"], "frames": frames, "checkpoint": None}
+    engine = {**config.sections.get("engine", {}), "untrained": True}
+    return Config({**config.sections, "model": model, "engine": engine}, config.source)
 
 
 def _bus_config(config: Config) -> BusConfig:
