@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
+import shutil
+import signal
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -19,8 +22,8 @@ import yaml
 from application import running
 from live_client import picture
 
-from actors.bus import Bus, BusConfig
-from actors.messages import SessionSettings
+from actors.bus import Bus, BusConfig, BusError
+from actors.messages import FrameSkipped, LogEntry, SessionSettings
 from actors.redis_server import RedisServer
 from jobs import chaos_faults
 from jobs.chaos import main
@@ -182,6 +185,51 @@ async def _admitted_over_a_crash(app: InProcess) -> tuple[bool, int | None]:
         return await bus.generation() == before, meta.admitted if meta else None
     finally:
         await bus.close()
+
+
+def test_what_a_power_cut_takes_back_is_noticed_by_the_owner_and_by_who_was_told_more(tmp_path: Path) -> None:
+    """Under `everysec` the disk may hold less than was answered: an earlier copy of the folder stands for it."""
+    folder, disk = tmp_path / "redis", tmp_path / "disk"
+    folder.mkdir()
+    server = RedisServer(DURABLE, data=folder)
+    config = BusConfig(partitions=1, resume_s=0.4)
+
+    def entries(first: int, count: int) -> list[LogEntry]:
+        return [FrameSkipped(seq=seq, time=seq / 2, reason="damaged") for seq in range(first, first + count)]
+
+    async def scenario(url: str) -> None:
+        bus = await Bus.connect(config, url)
+        try:
+            before = await bus.generation()
+            await bus.open_session("a", "model", SessionSettings())
+            [lease] = await bus.claim("replica", "model", 0, 1)
+            assert await bus.append(lease, 0, entries(0, 3), 3) == "ok"
+            shutil.copytree(folder, disk)
+            assert await bus.append(lease, 3, entries(3, 2), 5) == "ok"
+            ahead = bus.tail("a")
+            assert [(await anext(ahead))[0] for _ in range(5)] == [0, 1, 2, 3, 4]
+            await asyncio.to_thread(restart_with, server, folder, disk)
+            assert await bus.generation() == before
+            assert await bus.append(lease, 5, entries(5, 1), 6) == "stale"
+            with pytest.raises(BusError, match="session_expired: the log of session 'a' ends before 4"):
+                await asyncio.wait_for(anext(ahead), 20)
+        finally:
+            await bus.close()
+
+    try:
+        asyncio.run(scenario(server.start()))
+    finally:
+        server.stop()
+
+
+def restart_with(server: RedisServer, folder: Path, disk: Path) -> None:
+    """Kill a server and start it with what a copy of its folder holds."""
+    assert server.pid is not None
+    os.kill(server.pid, signal.SIGKILL)
+    server.stop()
+    shutil.rmtree(folder)
+    shutil.copytree(disk, folder)
+    server.start()
 
 
 def test_the_books_tell_what_is_missing_twice_out_of_order_or_lost() -> None:
