@@ -20,7 +20,7 @@ from jobs.object_names import kinds
 
 SURE = 0.45  # a name is in view from this probability on
 GAINS = (1.0, 1.4, 1.9)  # how strongly a thing is put in: the least that the classifier recognises
-FAINT = (0.8,)  # where it need not
+BLEND, BLENDED = 0.55, (1.6,)  # where it need not
 RECOGNISED = 0.6
 SURE_OF_KIND = 0.55
 DRAWN = 0.5  # share of what comes
@@ -99,9 +99,10 @@ class StreamMaker:
                 if cut:
                     fields[start:], allowed[start:] = self._background(random, length - start)
                 name = int(random.integers(len(self.classifier.names)))
-                gains = GAINS if random.random() < 0.75 else FAINT
-                fields[start:stop] = self._with_thing(fields[start:stop], name, cut, random, torch_random, gains)
                 word = self.classifier.names[name]
+                fields[start:stop] = self._with_thing(
+                    fields[start:stop], name, cut, random, torch_random, self._relative(word, random)
+                )
                 allowed[start:stop] = [{*names, word} for names in allowed[start:stop]]
                 put.append((start, stop, word))
                 self._flash(fields, stop, random, torch_random)
@@ -141,6 +142,15 @@ class StreamMaker:
         if random.random() < 0.7:
             fields[stop:] = empty[at[stop:]]
             allowed[stop:] = [set()] * (len(fields) - stop)
+
+    def _relative(self, word: str, random: np.random.Generator) -> Tensor | None:
+        """Sometimes something of the same kind, to be blended with: what comes is then hard to tell from either."""
+        kind = self.kinds.get(word)
+        if kind is None or random.random() < 0.35:
+            return None
+        of_kind = [place for place, name in enumerate(self.classifier.names) if self.kinds.get(name) == kind]
+        owned = self.by_name[of_kind[int(random.integers(len(of_kind)))]]
+        return self.material.things[owned[int(random.integers(len(owned)))]].float()
 
     def _called(self, word: str, seen: Sequence[str | None], chances: Tensor) -> list[str | None]:
         """What a thing that was put in is called while it is there: its name if it is often seen, else its kind."""
@@ -197,12 +207,14 @@ class StreamMaker:
         cut: bool,
         random: np.random.Generator,
         torch_random: torch.Generator,
-        gains: Sequence[float] = GAINS,
+        relative: Tensor | None = None,
     ) -> Tensor:
-        """The fields with a thing of that name, as strong as it must be to be recognised."""
+        """The fields with a thing of that name, as strong as it must be to be recognised, or half a `relative`."""
         count = len(fields)
         owned = self.by_name[name]
         thing = self.material.things[owned[int(random.integers(len(owned)))]].float()
+        if relative is not None:
+            thing = (thing + relative) * BLEND
         centre = torch.from_numpy(
             3
             + 1.2 * random.standard_normal((1, 2))
@@ -217,7 +229,7 @@ class StreamMaker:
             strength[int(random.integers(4, count - 1))] = 0
         wobble = 1 + 0.08 * torch.randn(count, generator=torch_random)
         placed = (strength * wobble)[:, None, None] * amount * thing
-        for gain in gains:
+        for gain in GAINS if relative is None else BLENDED:
             changed = fields + gain * placed
             sure, place = self.classifier.named(self.classifier.features(changed).mean(1))
             if float(sure[place == name].sum()) >= RECOGNISED * count:
