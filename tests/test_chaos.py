@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import websockets
 import yaml
-from application import running
+from application import Application, running
 from live_client import picture
 
 from actors.bus import Bus, BusConfig, BusError
@@ -31,6 +32,7 @@ from jobs.chaos_application import DURABLE
 from jobs.chaos_client import FPS, Books, ChaosClient
 from jobs.chaos_faults import FAULTS, lose_data
 from jobs.chaos_report import share
+from serve.client_events import pack_binary
 
 DEADLINE_S = 90.0
 
@@ -57,7 +59,9 @@ def application(tiny: dict[str, object], folder: Path, **settings: object) -> It
 
 
 @asynccontextmanager
-async def streaming(app: InProcess, sessions: int = 3) -> AsyncIterator[tuple[list[ChaosClient], list[Books]]]:
+async def streaming(
+    app: InProcess | Application, sessions: int = 3
+) -> AsyncIterator[tuple[list[ChaosClient], list[Books]]]:
     """Clients that have decided their first frames; after the block they say the end, and the books are filled."""
     stop, found = asyncio.Event(), list[Books]()
     clients = [ChaosClient(app.url, picture(), seed, seed == 0, stop, ask_every=4) for seed in range(sessions)]
@@ -154,6 +158,55 @@ def test_while_redis_is_away_nobody_storms_it(tiny: dict[str, object], tmp_path:
     with application(tiny, tmp_path) as app:
         rate = asyncio.run(scenario(app))
     assert 0 < rate < 100
+
+
+@pytest.mark.slow
+def test_ten_times_too_many_sessions_and_a_flood_leave_those_admitted_alone_and_nothing_behind(
+    tiny: dict[str, object], redis_url: str
+) -> None:
+    flooded = 600
+
+    async def refusal(address: str) -> str:
+        async with websockets.connect(address) as socket:
+            return str(json.loads(await socket.recv())["error"]["code"])
+
+    async def flood(address: str, full: asyncio.Event) -> dict[str, int]:
+        """All frames of five minutes at once; the counts at the end of the session."""
+        async with websockets.connect(address, max_size=None) as socket:
+            assert json.loads(await socket.recv())["type"] == "session.created"
+            full.set()
+            for index in range(flooded):
+                await socket.send(pack_binary(index / FPS, picture()))
+            await socket.send(json.dumps({"type": "input_video_buffer.end"}))
+            while (event := json.loads(await socket.recv()))["type"] != "session.ended":
+                pass
+        return dict(event["frames"])
+
+    async def tasks() -> int:
+        return len(asyncio.all_tasks())
+
+    async def scenario(app: Application) -> tuple[list[Books], dict[str, int], list[str]]:
+        address = f"{app.url.replace('http', 'ws')}/v1/realtime"
+        async with streaming(app, sessions=2) as (clients, found):
+            before, full = await asyncio.to_thread(app.call, tasks()), asyncio.Event()
+            flooding = asyncio.create_task(flood(address, full))
+            await full.wait()
+            said = await asyncio.gather(*(refusal(address) for _ in range(30)))
+            counts = await flooding
+            await going_on(clients)
+            async with asyncio.timeout(DEADLINE_S):
+                while await asyncio.to_thread(app.call, tasks()) > before:
+                    await asyncio.sleep(0.05)
+        return found, counts, said
+
+    with running(tiny, redis_url, sessions=3, sessions_per_key=64) as app:
+        found, counts, said = asyncio.run(scenario(app))
+    for books in found:
+        assert books.sound, books
+        assert books.acknowledged == len(books.decided) == len(books.due)
+    assert set(said) == {"sessions_full"}
+    assert counts["received"] == flooded == counts["decided"] + counts["dropped"]
+    assert counts["dropped"] > 0
 
 
 @pytest.mark.parametrize(
