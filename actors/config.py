@@ -33,6 +33,7 @@ SECTIONS = (
     "evaluation",
     "report",
     "export",
+    "objectives",
 )
 
 DEFAULT_SYSTEM_PROMPT = (

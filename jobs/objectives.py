@@ -1,0 +1,146 @@
+"""Train by the paper's objective and by the two it is compared with, and grade all three alike.
+
+The shape of its Table 1a at a small scale: the same start, dialogues, order and number of steps for each objective,
+with several seeds, then the streaming metrics by teacher forcing on the validation split. A model of `per_frame` is
+graded in its own form (jobs/per_frame.py). `objectives.folder` gets DATE-objectives.json, .md and .png.
+
+Needs dialogues and frame tokens, as jobs.train does; those of the default model come from
+`python -m jobs.make_streams configs/default_model.yaml`.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import sys
+import time
+
+import torch
+from pydantic import Field
+
+from actors import checkpoint
+from actors.config import Config, ModelConfig, Section
+from actors.model import VideoLLM
+from actors.objective import Objective
+from actors.parts import CheckpointError
+from actors.runtime import limit_threads
+from jobs.dataset import DatasetError, TrainingSet
+from jobs.dialogues import DataConfig
+from jobs.encode_frames import StoreConfig
+from jobs.engine_benchmark import cpu_name
+from jobs.frame_store import StoreError
+from jobs.learner import Learner, TrainingError
+from jobs.metrics import Reply, evaluate, forward_of, summarize
+from jobs.objectives_report import ObjectivesReport, Outcome
+from jobs.per_frame import PerFrameForward
+from jobs.program import run
+from jobs.training_config import TrainingConfig
+from jobs.training_run import load_data, load_validation, measured_plan
+from jobs.training_worker import start
+
+logger = logging.getLogger(__name__)
+
+OBJECTIVES: tuple[Objective, ...] = ("per_frame", "interleaved", "streaming")
+
+
+class ObjectivesConfig(Section):
+    """What is compared."""
+
+    seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1, description="each trains every objective once")
+    dialogues: int = Field(default=24, ge=1, description="of the validation split that are graded, at most")
+    threshold: float = Field(default=0.5, ge=0, le=1, description="of P(silent), below which it speaks; for all")
+    folder: str = Field(default="benchmarks", description="where the result goes")
+
+
+def compare(config: Config) -> ObjectivesReport:
+    """Train and grade everything, and save the result."""
+    settings, training = config.section("objectives", ObjectivesConfig), config.section("training", TrainingConfig)
+    limit_threads(training.threads)
+    outcomes = []
+    for seed in settings.seeds:
+        for objective in OBJECTIVES:
+            outcomes.append(train_and_grade(_of(config, objective, seed), settings))
+            logger.info("%s", outcomes[-1])
+    report = ObjectivesReport(
+        date=time.strftime("%Y-%m-%d"),
+        processor=cpu_name(),
+        model=config.model.llm,
+        start=config.model.checkpoint or "untrained",
+        data=config.section("data", DataConfig).folder,
+        steps=training.max_steps or 0,
+        batch=training.batch_size,
+        dialogues=settings.dialogues,
+        threshold=settings.threshold,
+        outcomes=outcomes,
+    )
+    report.save(settings.folder)
+    print(report.table())
+    return report
+
+
+def train_and_grade(config: Config, settings: ObjectivesConfig) -> Outcome:
+    """One objective with one seed, in this process."""
+    training = config.section("training", TrainingConfig)
+    torch.manual_seed(training.seed)
+    loaded = start(config.model, training, "cpu")
+    data = load_data(config, loaded.template)
+    learner = Learner(loaded.model, data, measured_plan(data, training), training)
+    began, losses, tokens = time.process_time(), [], 0
+    for _ in range(learner.num_steps):
+        step = learner.take_step()
+        losses.append(step.loss)
+        tokens += step.tokens
+    seconds = time.process_time() - began
+    held_out = load_validation(_of(config, "streaming", training.seed), loaded.template)
+    replies = graded(loaded, held_out, training.objective, settings)
+    found = summarize(replies, held_out.store.info.fps)
+    return Outcome(
+        objective=training.objective,
+        seed=training.seed,
+        time_diff=found.time_diff,
+        fluency=found.fluency,
+        lm_ppl=found.lm_ppl,
+        lm_correctness=found.lm_correctness,
+        outcomes={str(name): count for name, count in found.outcomes.items()},
+        positions=tokens,
+        seconds=seconds,
+        losses=losses,
+    )
+
+
+def graded(
+    loaded: checkpoint.Loaded, data: TrainingSet, objective: Objective, settings: ObjectivesConfig
+) -> list[list[Reply]]:
+    """The replies of the first dialogues of `data`, which streams, whatever was learned."""
+    model: VideoLLM = loaded.model.eval()
+    forward = forward_of(model)
+    if objective == "per_frame":
+        forward = PerFrameForward(forward, loaded.template)
+    samples = (data[index] for index in range(min(len(data), settings.dialogues)))
+    return [
+        evaluate(forward, loaded.template, sample.rendered, sample.frames, settings.threshold) for sample in samples
+    ]
+
+
+def _of(config: Config, objective: Objective, seed: int) -> Config:
+    sections = copy.deepcopy(config.sections)
+    sections.setdefault("training", {}).update({"objective": objective, "seed": seed})
+    return Config(sections, config.source)
+
+
+if __name__ == "__main__":
+    sys.exit(
+        run(
+            compare,
+            module="jobs.objectives",
+            about=__doc__,
+            sections={
+                "model": ModelConfig,
+                "data": DataConfig,
+                "store": StoreConfig,
+                "training": TrainingConfig,
+                "objectives": ObjectivesConfig,
+            },
+            user_errors=(DatasetError, StoreError, TrainingError, CheckpointError),
+        )
+    )

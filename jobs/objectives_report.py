@@ -1,0 +1,135 @@
+"""What the comparison of training objectives found, as table, JSON and picture."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+
+from actors.objective import Objective
+
+METRICS = {
+    "time_diff": "time difference, s",
+    "fluency": "fluency",
+    "lm_ppl": "LM perplexity",
+    "lm_correctness": "LM correctness",
+}
+LESS_IS_BETTER = {"time_diff", "lm_ppl"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One objective trained with one seed. `time_diff` in seconds; `positions` trained in `seconds` of CPU."""
+
+    objective: Objective
+    seed: int
+    time_diff: float | None
+    fluency: float | None
+    lm_ppl: float | None
+    lm_correctness: float | None
+    outcomes: dict[str, int]
+    positions: int
+    seconds: float
+    losses: list[float]
+
+
+@dataclass(frozen=True)
+class ObjectivesReport:
+    """All of them, with what they have in common."""
+
+    date: str
+    processor: str
+    model: str
+    start: str
+    data: str
+    steps: int
+    batch: int
+    dialogues: int
+    threshold: float
+    outcomes: list[Outcome]
+
+    def values(self, objective: Objective, metric: str) -> list[float]:
+        """One for each seed that has it."""
+        found = [getattr(one, metric) for one in self.outcomes if one.objective == objective]
+        return [value for value in found if value is not None]
+
+    def wins(self, metric: str) -> dict[str, int]:
+        """Seeds in which `streaming` is better than each other objective."""
+        by = {(one.objective, one.seed): getattr(one, metric) for one in self.outcomes}
+        sign = -1 if metric in LESS_IS_BETTER else 1
+        return {
+            other: sum(
+                sign * by["streaming", seed] > sign * value
+                for (name, seed), value in by.items()
+                if name == other and value is not None and by["streaming", seed] is not None
+            )
+            for other in self.objectives
+            if other != "streaming"
+        }
+
+    @property
+    def objectives(self) -> list[Objective]:
+        return list(dict.fromkeys(one.objective for one in self.outcomes))
+
+    def table(self) -> str:
+        """Markdown: mean and standard deviation over seeds."""
+        seeds = len({one.seed for one in self.outcomes})
+        lines = [
+            f"# Training objectives, {self.date}",
+            "",
+            f"{self.model} from `{self.start}`, {self.steps} steps of {self.batch} dialogues of `{self.data}`, "
+            f"{seeds} seeds; {self.dialogues} validation dialogues, teacher-forced, strict, threshold "
+            f"{self.threshold:g}; {self.processor}",
+            "",
+            "| | " + " | ".join(METRICS.values()) + " | positions | CPU s | replies |",
+            "|---" * (len(METRICS) + 4) + "|",
+        ]
+        for objective in self.objectives:
+            runs = [one for one in self.outcomes if one.objective == objective]
+            cells = [_cell(self.values(objective, metric)) for metric in METRICS]
+            cells += [f"{fmean(one.positions for one in runs):.0f}", f"{fmean(one.seconds for one in runs):.0f}"]
+            replies: dict[str, int] = {}
+            for one in runs:
+                for name, count in one.outcomes.items():
+                    replies[name] = replies.get(name, 0) + count
+            cells.append(", ".join(f"{name} {count}" for name, count in sorted(replies.items())))
+            lines.append(f"| {objective} | " + " | ".join(cells) + " |")
+        lines.append("")
+        for metric in ("time_diff", "fluency"):
+            won = ", ".join(f"{other} in {count} of {seeds} seeds" for other, count in self.wins(metric).items())
+            lines.append(f"{METRICS[metric]}: streaming is better than {won}")
+        return "\n".join(lines)
+
+    def save(self, folder: str) -> None:
+        """Write DATE-objectives.json, .md and .png."""
+        path = Path(folder) / f"{self.date}-objectives"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".json").write_text(json.dumps(asdict(self), indent=1) + "\n")
+        path.with_suffix(".md").write_text(self.table() + f"\n\n![metrics and losses]({path.name}.png)\n")
+        self._plot(path.with_suffix(".png"))
+
+    def _plot(self, path: Path) -> None:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(12, 3.6), layout="constrained")
+        *bars, curves = figure.subplots(1, 4)
+        for axis, metric in zip(bars, ("time_diff", "fluency", "lm_correctness"), strict=True):
+            for place, objective in enumerate(self.objectives):
+                values = self.values(objective, metric)
+                axis.bar(place, fmean(values) if values else 0, color=f"C{place}", alpha=0.5)
+                axis.scatter([place] * len(values), values, color=f"C{place}", s=15)
+            axis.set_xticks(range(len(self.objectives)), self.objectives, fontsize=8)
+            axis.set_title(METRICS[metric], fontsize=9)
+        for one in self.outcomes:
+            curves.plot(one.losses, color=f"C{self.objectives.index(one.objective)}", linewidth=0.8)
+        curves.set_title("loss of each objective's own labels", fontsize=9)
+        curves.set_xlabel("step")
+        figure.suptitle(f"{self.steps} steps of {self.batch} dialogues; a dot a seed", fontsize=10)
+        figure.savefig(path, dpi=90)
+
+
+def _cell(values: list[float]) -> str:
+    if not values:
+        return "none"
+    return f"{fmean(values):.3g}" + (f" ± {stdev(values):.2g}" if len(values) > 1 else "")

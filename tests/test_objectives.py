@@ -1,0 +1,85 @@
+"""The objectives are compared on the same dialogues, each in the form in which its model learned them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from training_data import narrated, untrained_config, write_store
+
+from actors import checkpoint
+from actors.config import Config, ModelConfig
+from actors.dialogue import Template
+from actors.objective import taught
+from jobs.dialogue_files import to_line
+from jobs.objectives import compare
+from jobs.per_frame import PerFrameForward
+
+
+@pytest.fixture(scope="module")
+def template(tiny_configs: dict[str, ModelConfig]) -> Template:
+    return checkpoint.untrained(untrained_config(tiny_configs["live1plus"])).template
+
+
+class _Seen:
+    """A model whose logits say where they were asked for."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+
+    def __call__(self, input_ids: torch.Tensor, frames: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        self.ids = input_ids.tolist()
+        return positions[:, None].float() + torch.arange(len(self.ids)) / 1000
+
+
+def test_a_streaming_dialogue_is_read_as_per_frame_models_learn_it(template: Template) -> None:
+    conversation = narrated("abcd").conversation
+    streaming = template.render(conversation)
+    read = PerFrameForward(_Seen(), template).read(streaming.input_ids)
+    learned = template.render(taught(conversation, "per_frame"))
+    stops_at_a_frame = learned.turns[-1].role == "assistant" and streaming.turns[-1].role == "stream"
+    assert read.ids == learned.input_ids[: len(read.ids)]
+    assert len(read.ids) == len(learned.input_ids) or stops_at_a_frame
+
+
+def test_a_decision_is_read_where_the_reply_begins(template: Template) -> None:
+    streaming = template.render(narrated("abcd").conversation)
+    forward = PerFrameForward(_Seen(), template)
+    read = forward.read(streaming.input_ids)
+    silent = [i for i, label in enumerate(streaming.labels) if label == template.silence_id]
+    assert silent
+    for position in silent:
+        assert template.decode(read.ids[: read.decided[position] + 1]).endswith("]\nAssistant:")
+
+
+def test_a_frame_at_the_end_is_decided_there(template: Template) -> None:
+    frame = [template.frame_id] * template.frames.num_tokens
+    read = PerFrameForward(_Seen(), template).read([7, *frame])
+    assert read.decided == {len(frame): len(read.ids) - 1}
+    assert template.decode(read.ids).endswith("]\nAssistant:")
+
+
+def test_all_objectives_are_trained_and_graded(tiny_configs: dict[str, ModelConfig], tmp_path: Path) -> None:
+    model = untrained_config(tiny_configs["live1plus"])
+    fingerprint = checkpoint.untrained(model).features
+    write_store(tmp_path / "tokens", model.frames, ["ab", "abcd", "abcdef"], fingerprint)
+    for split, videos in (("train", ["ab", "abcd"]), ("validation", ["abcdef"])):
+        (tmp_path / "dialogues").mkdir(exist_ok=True)
+        lines = "".join(to_line(narrated(video)) for video in videos)
+        (tmp_path / "dialogues" / f"{split}.jsonl").write_text(lines)
+    sections = {
+        "model": model.model_dump(mode="json"),
+        "data": {"folder": str(tmp_path / "dialogues")},
+        "store": {"folder": str(tmp_path / "tokens")},
+        "training": {"adapter": {"rank": 2, "alpha": 4}, "max_steps": 1, "batch_size": 2},
+        "objectives": {"seeds": [0], "folder": str(tmp_path / "found")},
+    }
+    report = compare(Config(sections, "test"))
+    assert [one.objective for one in report.outcomes] == ["per_frame", "interleaved", "streaming"]
+    assert {sum(one.outcomes.values()) for one in report.outcomes} == {2}  # the first of three answers a question
+    (saved,) = (tmp_path / "found").glob("*-objectives.json")
+    assert len(json.loads(saved.read_text())["outcomes"]) == 3
+    assert saved.with_suffix(".png").is_file()
+    assert "streaming is better than" in saved.with_suffix(".md").read_text()
