@@ -119,7 +119,7 @@ class DataBenchmark:
         start, first = _reached(summary, STEADY[0])
         end, last = _reached(summary, STEADY[1])
         usage = sampler.between(summary.started + start, summary.started + end)
-        return Pipeline(
+        found = Pipeline(
             frames=last - first,
             wall_s=usage.wall_s,
             cpu_s=usage.ours_s,
@@ -127,6 +127,8 @@ class DataBenchmark:
             cores=os.cpu_count() or 1,
             free_cores=usage.free_cores,
         )
+        logger.info("%s", found)
+        return found
 
     def memory(self, folder: Path) -> list[Memory]:
         """The peak of all processes together, for longer and longer videos; nothing is ended in between."""
