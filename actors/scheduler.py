@@ -15,7 +15,7 @@ from actors.session import Session, Work
 
 PREFILL_SHARE = 4
 FORGET = 0.95
-STEP_OVERHEAD_FRAMES = 4.0
+STEP_OVERHEAD = 40.0  # positions that could be appended in the time a step takes anyway
 
 
 class Scheduler:
@@ -59,10 +59,11 @@ class Scheduler:
         self._speaking_rate.pop(session_id, None)
 
     def run_length(self, session: Session) -> int:
-        """Frames to append at once: the most kept frames per cost, a step costing some frames in itself."""
+        """Frames to append at once: the most kept frames per cost, a step costing some positions in itself."""
         rate = min(max(self._speaking_rate.get(session.session_id, 0.1), 1e-3), 1.0)
         lengths = [1 << i for i in range(self.speculate.bit_length()) if 1 << i <= self.speculate]
-        return max(lengths, key=lambda n: (1 - (1 - rate) ** n) / (STEP_OVERHEAD_FRAMES + n))
+        overhead = STEP_OVERHEAD / session.template.frames.num_tokens
+        return max(lengths, key=lambda n: (1 - (1 - rate) ** n) / (overhead + n))
 
     def _take(self, plan: list[tuple[Session, Work]], sessions: list[Session], budget: int, frames: bool) -> int:
         """Add work of `sessions` while `budget` lasts, shared evenly; the positions it takes."""
