@@ -21,6 +21,7 @@ from statistics import fmean, median
 
 import torch
 
+from actors.context import Context
 from actors.engine import EngineConfig, StepResult
 from actors.kv import KVMemory
 from actors.messages import Evicted, LogEntry, Query, ResponseTokens
@@ -118,9 +119,11 @@ class EngineBenchmark:
                 "weights_mb": round(weights / 1e6),
             }
         )
-        bandwidth = self._bandwidth()
+        bandwidth, arithmetic = self._bandwidth(), self._arithmetic()
         self.report.numbers["memory_bandwidth_gb_s"] = bandwidth / 1e9
         self.report.numbers["floor_of_a_step_ms"] = weights / bandwidth * 1e3
+        self.report.numbers["products_gflop_s"] = arithmetic / 1e9
+        self.report.numbers["floor_of_a_recorded_frame_ms"] = self._products_of_a_frame() / arithmetic * 1e3
 
     @torch.inference_mode()
     def run(self) -> Report:
@@ -367,6 +370,27 @@ class EngineBenchmark:
             target.copy_(source)
             best = min(best, self._clock() - began)
         return 2 * source.numel() * source.element_size() / best
+
+    def _arithmetic(self) -> float:
+        """Floating-point operations a second of a product as a step with many frames has them, the best of five."""
+        llm = self.subject.model.base_llm
+        width = llm.config.hidden_size
+        rows, weight = (torch.ones(n, width, device=self.config.device, dtype=llm.dtype) for n in (192, 4 * width))
+        best = float("inf")
+        for _ in range(5):
+            began = self._clock()
+            for _ in range(10):
+                rows @ weight.t()
+            best = min(best, self._clock() - began)
+        return 20 * len(rows) * weight.numel() / best
+
+    def _products_of_a_frame(self) -> float:
+        """Operations that one frame costs in products with the weights, attention not counted."""
+        llm = self.subject.model.base_llm
+        context = Context(self.subject.template, self.subject.model.config.system_prompt)
+        positions = len(context.frame_ids(2)[1])
+        layers = sum(p.numel() for p in llm.get_decoder().layers.parameters())
+        return 2.0 * (positions * layers + llm.get_output_embeddings().weight.numel())
 
     def _resident_mb(self) -> float:
         if self.on_gpu:
