@@ -177,7 +177,8 @@ def find_tasks(sources: Sequence[Path], output: Path) -> list[Task]:
 
 
 def _videos_in(folder: Path) -> list[Path]:
-    names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    # A link that leads nowhere is a video that cannot be read, and is said to be one.
+    names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file() or not path.exists()]
     videos = [name for name in names if name.suffix.lower() in VIDEO_SUFFIXES and not name.name.endswith(VIDEO_SUFFIX)]
     if not videos:
         raise ConfigError(f"{folder} holds no video ({', '.join(VIDEO_SUFFIXES)})")

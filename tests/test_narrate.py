@@ -139,10 +139,14 @@ def test_an_output_that_is_no_folder_is_refused_before_any_work(
 def test_only_bad_videos_end_before_a_model_is_loaded(
     narrate: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "a.mp4").touch()
-    assert narrate(tmp_path / "a.mp4") == 1
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    (folder / "a.mp4").touch()
+    (folder / "b.mp4").symlink_to(tmp_path / "moved.mp4")
+    assert narrate(folder) == 1
     written = capsys.readouterr()
-    assert f"failed: {tmp_path}/a.mp4: empty (0 bytes)" in written.err
+    assert f"failed: {folder}/a.mp4: empty (0 bytes)" in written.err
+    assert f"failed: {folder}/b.mp4: no such file" in written.err
     assert "loaded the model" not in written.out
 
 
