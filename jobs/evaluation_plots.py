@@ -101,13 +101,13 @@ def _errors(result: Report, late: list[float]) -> Figure:
 
 
 def _examples(result: Report) -> Figure:
-    """P(silent) of a few streams, what was to be said above it, and what was said below."""
+    """P(silent) of a few streams; what was to be said and when the user spoke above it, what was said below."""
     streams = examples_of(result.streams)
     figure = _figure(10, 1.8 * len(streams) + 0.6)
     for axes, stream in zip(figure.subplots(len(streams), squeeze=False)[:, 0], streams, strict=True):
         _draw_stream(axes, stream, result.threshold)
     axes.set_xlabel("seconds")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize="small")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=5, fontsize="small")
     return figure
 
 
@@ -118,5 +118,7 @@ def _draw_stream(axes: Axes, stream: GradedStream, threshold: float) -> None:
     labels, said = [moment.time for moment in played.labels], [moment.time for moment in moments_of(heard.said)]
     axes.plot(labels, [1.1] * len(labels), "v", color="tab:green", label="to be said")
     axes.plot(said, [-0.1] * len(said), "^", color="tab:blue", label="said")
+    asked = [question.time for question in played.questions]
+    axes.plot(asked, [1.1] * len(asked), "|", color="black", markersize=9, label="the user speaks")
     axes.set(ylim=(-0.2, 1.2), xlim=(0, max(played.duration_s, 1)))
     axes.set_title(played.dialogue.dialogue_id, fontsize="small", loc="left")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from jobs.annotations import Moment
 from jobs.graded_events import GradedEvents
 from jobs.offline_benchmarks import Answered, Values
 from jobs.published_results import PUBLISHED, Published
@@ -108,7 +109,7 @@ def named(timed: Timing) -> dict[str, float | None]:
 
 def page(result: Report, plots: Mapping[str, str]) -> str:
     """The page; `plots` are file names of pictures by what they show."""
-    lines = [f"# {result.model}", "", *_head(result), ""]
+    lines = [f"# Evaluation of `{result.model}`", "", *_head(result), ""]
     if compared := list(result.compared()):
         lines += ["## Beside the paper", "", "| task | number | here | paper | |", "|---|---|---|---|---|"]
         for task, name, value, published in compared:
@@ -238,21 +239,18 @@ def _examples(result: Report, plots: Mapping[str, str]) -> Iterator[str]:
     if "examples" in plots:
         yield from (f"![examples]({plots['examples']})", "")
     for stream in examples_of(result.streams):
-        yield from (f"**{stream.played.dialogue.dialogue_id}**", "", "| s | label | s | said |", "|---|---|---|---|")
-        said = moments_of(stream.heard.said)
-        pairs = match([m.time for m in said], [m.time for m in stream.played.labels], result.window)
-        rows: list[tuple[int | None, int | None]] = [*pairs]
-        rows += [(i, None) for i in range(len(said)) if i not in {pair[0] for pair in pairs}]
-        rows += [(None, j) for j in range(len(stream.played.labels)) if j not in {pair[1] for pair in pairs}]
-        ordered = sorted(
-            ((None if j is None else stream.played.labels[j], None if i is None else said[i]) for i, j in rows),
-            key=lambda pair: min(moment.time for moment in pair if moment is not None),
+        yield from (
+            f"**{stream.played.dialogue.dialogue_id}**",
+            "",
+            "| s | to be said | s | said |",
+            "|---|---|---|---|",
         )
-        for label, response in ordered[:EXAMPLE_LINES]:
-            cells = [("", "") if m is None else (f"{m.time:g}", _cell(m.text)) for m in (label, response)]
+        rows = sorted(side_by_side(stream, result.window), key=lambda row: min(m.time for m in row if m is not None))
+        for row in rows[:EXAMPLE_LINES]:
+            cells = [("", "") if m is None else (f"{m.time:g}", _cell(m.text)) for m in row]
             yield f"| {cells[0][0]} | {cells[0][1]} | {cells[1][0]} | {cells[1][1]} |"
-        if len(ordered) > EXAMPLE_LINES:
-            yield f"| | and {len(ordered) - EXAMPLE_LINES} more | | |"
+        if len(rows) > EXAMPLE_LINES:
+            yield f"| | and {len(rows) - EXAMPLE_LINES} more | | |"
         yield ""
 
 
@@ -261,6 +259,21 @@ def examples_of(streams: Sequence[GradedStream]) -> list[GradedStream]:
     labelled = [stream for stream in streams if stream.played.labels] or list(streams)
     count = min(EXAMPLES, len(labelled))
     return [labelled[index * len(labelled) // count] for index in range(count)]
+
+
+def side_by_side(stream: GradedStream, window: Window) -> Iterator[tuple[Moment | None, Moment | None]]:
+    """What the user asked beside its answer, then labels beside the responses that belong to them, and the rest."""
+    answers = [turn for turn in stream.heard.said if turn.question is not None]
+    for question in stream.played.questions:
+        asked = Moment(time=question.time, text=f"*user:* {question.text}")
+        answer = next((a for a in answers if a.question == question.text and a.time >= question.time), None)
+        yield asked, None if answer is None else Moment(time=answer.time, text=f"*answer:* {answer.text}")
+    labels, said = stream.played.labels, moments_of(stream.heard.said)
+    pairs = match([m.time for m in said], [m.time for m in labels], window)
+    answered, used = {j for _, j in pairs}, {i for i, _ in pairs}
+    yield from ((labels[j], said[i]) for i, j in pairs)
+    yield from ((label, None) for j, label in enumerate(labels) if j not in answered)
+    yield from ((None, response) for i, response in enumerate(said) if i not in used)
 
 
 def _cell(text: str) -> str:
