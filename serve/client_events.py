@@ -257,4 +257,6 @@ def _client_error(error: ValidationError, event_id: str | None) -> ClientError:
     if kind == "extra_forbidden":
         return ClientError("unknown_field", f"{where} is not a field of this message", where, event_id)
     code = "bad_time" if where.endswith("video_time") else "bad_value"
+    if kind == "missing":
+        return ClientError(code, f"{where} is missing", where, event_id)
     return ClientError(code, f"{where or 'message'} is {found}: {problem['msg']}", where or None, event_id)

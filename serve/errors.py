@@ -129,6 +129,8 @@ async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
     param = ".".join(str(part) for part in problem["loc"][1:]) or None
     if problem["type"] == "extra_forbidden":
         return _answer(request, 422, "unknown_field", f"{param} is not a parameter of this request", param)
+    if problem["type"] == "missing":
+        return _answer(request, 422, "bad_value", f"{param or 'the request body'} is missing", param)
     found = ascii(problem.get("input"))
     found = found if len(found) <= REPRESENTATION_CHARS else found[: REPRESENTATION_CHARS - 3] + "..."
     return _answer(request, 422, "bad_value", f"{param or 'request'} is {found}: {problem['msg']}", param)

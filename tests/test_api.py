@@ -66,6 +66,11 @@ def test_a_bad_post_is_refused_with_what_is_wrong(
     assert says in error["message"]
 
 
+def test_a_post_without_a_video_is_told_so(url: str) -> None:
+    answer = httpx.post(f"{url}/v1/videos", files={"image": ("clip.mp4", b"x")})
+    assert (answer.status_code, answer.json()["error"]["message"]) == (422, "video is missing")
+
+
 def test_an_upload_over_the_limit_is_refused_announced_or_not(tiny: dict[str, object], redis_url: str) -> None:
     with application(tiny, redis_url, upload_bytes=1000) as url:
         announced = httpx.post(f"{url}/v1/videos", files={"video": ("clip.mp4", bytes(2000))})

@@ -74,7 +74,7 @@ def test_fields_arrive_as_they_were_sent() -> None:
         ),
         ('{"type": "input_video_buffer.append", "video_time": NaN, "image": ""}', "bad_time", "finite"),
         ('{"type": "input_video_buffer.append", "video_time": -1, "image": ""}', "bad_time", "-1"),
-        ('{"type": "input_video_buffer.append", "image": ""}', "bad_time", "required"),
+        ('{"type": "input_video_buffer.append", "image": ""}', "bad_time", "video_time is missing"),
         ('{"type": "conversation.item.create", "item": {"content": []}}', "bad_value", "content"),
         ('{"type": "conversation.item.create", "item": {"content": [{"type": "audio"}]}}', "bad_value", "input_text"),
         ('{"type": "conversation.item.create", "item": {"id": "a\\nb", "content": []}}', "bad_value", "id"),
