@@ -47,7 +47,7 @@ class Checked:
 
 
 MODELS = {
-    "embedded": ServedConfig(parameters=106.2e6, layers=30, width=576, frame_positions=11, encoder_gflop=0.8),
+    "embedded": ServedConfig(parameters=106.2e6, layers=30, width=576, frame_positions=6, encoder_gflop=0.8),
     "llama3-8b": ServedConfig(),
 }
 

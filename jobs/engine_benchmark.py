@@ -117,6 +117,7 @@ class EngineBenchmark:
                 "token_budget": self.config.token_budget,
                 "window": self.amount.window or llm.config.max_position_embeddings,
                 "weights_mb": round(weights / 1e6),
+                "frame_positions": self._frame_positions(),
             }
         )
         bandwidth, arithmetic = self._bandwidth(), self._arithmetic()
@@ -387,10 +388,12 @@ class EngineBenchmark:
     def _products_of_a_frame(self) -> float:
         """Operations that one frame costs in products with the weights, attention not counted."""
         llm = self.subject.model.base_llm
-        context = Context(self.subject.template, self.subject.model.config.system_prompt)
-        positions = len(context.frame_ids(2)[1])
         layers = sum(p.numel() for p in llm.get_decoder().layers.parameters())
-        return 2.0 * (positions * layers + llm.get_output_embeddings().weight.numel())
+        return 2.0 * (self._frame_positions() * layers + llm.get_output_embeddings().weight.numel())
+
+    def _frame_positions(self) -> int:
+        context = Context(self.subject.template, self.subject.model.config.system_prompt)
+        return len(context.frame_ids(2)[1])
 
     def _resident_mb(self) -> float:
         if self.on_gpu:
