@@ -119,6 +119,6 @@ def _draw_stream(axes: Axes, stream: GradedStream, threshold: float) -> None:
     axes.plot(labels, [1.1] * len(labels), "v", color="tab:green", label="to be said")
     axes.plot(said, [-0.1] * len(said), "^", color="tab:blue", label="said")
     asked = [question.time for question in played.questions]
-    axes.plot(asked, [1.1] * len(asked), "|", color="black", markersize=9, label="the user speaks")
+    axes.plot(asked, [1.1] * len(asked), "*", color="black", clip_on=False, label="the user speaks")
     axes.set(ylim=(-0.2, 1.2), xlim=(0, max(played.duration_s, 1)))
     axes.set_title(played.dialogue.dialogue_id, fontsize="small", loc="left")
