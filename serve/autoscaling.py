@@ -21,8 +21,9 @@ Figures = Mapping[str, Mapping[object, float]]
 class ScalingConfig(Section):
     """Bounds are those of `serve`; this is when replicas are added and taken away.
 
-    `busy` and `calm` are shares of KV memory in use, `late_s` and `early_s` ages of the oldest frame that
-    waits for an encoder, `behind` the encoded frames per session that wait for a decision.
+    `busy` and `calm` are shares in use of KV memory or of places for sessions, whichever is scarcer; `late_s` and
+    `early_s` ages of the oldest frame that waits for an encoder; `behind` the encoded frames per session that
+    wait for a decision.
     """
 
     upscale_delay_s: float = Field(default=2.0, ge=0)
@@ -77,10 +78,10 @@ class LLMPolicy:
         now = context.current_num_replicas
         if not figures.get("kv_use"):
             return context.target_num_replicas, {}
-        used = mean(figures["kv_use"])
         sessions, behind = total(figures.get("sessions", {})), total(figures.get("waiting_frames", {}))
         waiting = max(figures.get("waiting_sessions", {}).values(), default=0.0)
         room = total(figures.get("room", {}))
+        used = max(mean(figures["kv_use"]), sessions / max(1.0, sessions + room))
         if waiting > room:
             each = max(1.0, (sessions + room) / now)
             return now + math.ceil((waiting - room) / each), {}

@@ -21,7 +21,7 @@ class Seen:
 
 def llms(replicas: int, waiting: float = 0, **figures: float) -> int:
     """The policy's answer where every replica sees the same."""
-    seen = {"kv_use": 0.6, "room": 0.0, "sessions": 4.0, "waiting_frames": 0.0, **figures}
+    seen = {"kv_use": 0.6, "room": 0.0 if waiting else 16.0, "sessions": 4.0, "waiting_frames": 0.0, **figures}
     each = {name: dict.fromkeys(range(replicas), value) for name, value in seen.items()}
     each["waiting_sessions"] = dict.fromkeys(range(replicas), waiting)
     return LLMPolicy()(Seen(replicas, each))[0]
@@ -55,6 +55,12 @@ def test_an_llm_is_taken_away_only_when_the_others_can_hold_its_sessions() -> No
     assert llms(4, kv_use=0.3) == 3
     assert llms(1, kv_use=0.0) == 1
     assert llms(2, kv_use=0.2, waiting=1) == 3
+
+
+def test_places_count_like_memory_where_there_are_fewer() -> None:
+    assert llms(1, kv_use=0.1, room=0) == 2
+    assert llms(2, kv_use=0.1, sessions=2, room=2) == 2
+    assert llms(2, kv_use=0.1, sessions=1, room=4) == 1
 
 
 def test_an_encoder_is_added_when_frames_grow_old() -> None:
