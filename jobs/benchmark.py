@@ -131,12 +131,13 @@ def stream(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.settings, arguments.overrides)
     clip = Clip(Path(arguments.video), arguments.seconds, arguments.fps, arguments.reply_every)
     report = StreamReport({**machine(), "model": config.model.llm, "schedule": schedule(clip)}, arguments.note)
-    report.measured += [measure(config, version, clip) for version in arguments.versions]
+    for version in arguments.versions:
+        report.measured.append(measure(config, version, clip))
+        if arguments.save:
+            path = Path(arguments.save) / f"{report.machine['date']}-stream-{arguments.machine}.json"
+            report.save(path)
+            print(f"saved {version}: {path}\n", flush=True)
     print(report.table())
-    if arguments.save:
-        path = Path(arguments.save) / f"{report.machine['date']}-stream-{arguments.machine}.json"
-        report.save(path)
-        print(f"\nsaved: {path}")
 
 
 def serve(arguments: argparse.Namespace) -> None:

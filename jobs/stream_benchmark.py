@@ -13,6 +13,7 @@ import contextlib
 import json
 import logging
 import multiprocessing
+import os
 import resource
 import secrets
 import time
@@ -256,9 +257,19 @@ async def _run_worker(kind: str, config: Config, clip: Clip, url: str, pipe: Con
     pipe.send(getattr(worker, "fingerprint", kind))
     while not running.done() and not pipe.poll():
         await asyncio.sleep(0.05)
+    if not running.done():
+        _receive_or_exit(pipe)
     worker.stop()
     await running
     await bus.close()
+
+
+def _receive_or_exit(pipe: Connection) -> None:
+    """End this process where the one that started it is gone: Redis went with it, and a worker would wait for Redis."""
+    try:
+        pipe.recv()
+    except EOFError:
+        os._exit(1)
 
 
 def _of_version(config: Config, version: str) -> Config:
