@@ -100,12 +100,18 @@ class Sample:
 
 @dataclass
 class Report:
-    """All of it; `machine` says where it was, and under which load."""
+    """All of it; `machine` says where it was, `claims` how many sessions each LLM replica took over."""
 
-    machine: dict[str, str | int] = field(default_factory=dict)
+    machine: dict[str, str] = field(default_factory=dict)
     schedule: Schedule | None = None
     samples: list[Sample] = field(default_factory=list)
     viewers: list[Viewer] = field(default_factory=list)
+    claims: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def moved(self) -> int:
+        """How often a session changed its LLM replica, as far as the replicas had time to tell of it."""
+        return max(0, sum(self.claims.values()) - len(self.viewers))
 
     @property
     def lost(self) -> list[str]:
@@ -159,6 +165,7 @@ async def sample(url: str, report: Report, undecided: list[Undecided], started: 
     """One look at the replicas and the sessions."""
     async with httpx.AsyncClient(timeout=30) as client:
         stats = (await client.get(f"{url}/v1/stats")).raise_for_status().json()
+    report.claims |= {llm["name"]: llm["claims"] for llm in stats["llms"]}
     live = [frames for viewer, frames in zip(report.viewers, undecided, strict=True) if viewer.live]
     report.samples.append(
         Sample(
@@ -201,7 +208,7 @@ def draw(report: Report, path: Path) -> None:
     at = [one.at for one in report.samples]
     load.step(at, [one.sessions for one in report.samples], where="post")
     load.set_ylabel("live sessions")
-    load.set_title(", ".join(f"{value}" for value in report.machine.values()), fontsize="medium")
+    load.set_title(", ".join(map(str, report.machine.values())), fontsize="medium")
     for role, name, style in (("llms", "LLM", "-"), ("encoders", "encoder", "--")):
         replicas.step(at, [getattr(one, role) for one in report.samples], style, where="post", label=name)
     replicas.set_ylabel("replicas")
@@ -232,7 +239,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     end_at_once_on_signal()
     date = datetime.now(UTC).date().isoformat()
-    report = Report({"date": date, "machine": options.machine, "cores": os.cpu_count() or 1})
+    report = Report({"date": date, "machine": options.machine, "cores": f"{os.cpu_count() or 1} cores"})
     bounds = ["serve.port=0", "serve.max_llms=3", "serve.max_encoders=2", "serve.scaling.downscale_delay_s=10"]
     config = load_config(options.config, [*bounds, *options.overrides])
     with running(config) as url:
@@ -247,7 +254,8 @@ def main(arguments: list[str] | None = None) -> int:
         f"{max(one.encoders for one in report.samples)} encoder replicas, {report.samples[-1].llms} and "
         f"{report.samples[-1].encoders} at the end; {sum(viewer.decided for viewer in report.viewers)} frames decided, "
         f"{sum(viewer.dropped for viewer in report.viewers)} dropped, longest lag "
-        f"{max(viewer.longest_lag_s for viewer in report.viewers):.1f} s, {len(report.lost)} sessions lost"
+        f"{max(viewer.longest_lag_s for viewer in report.viewers):.1f} s, {report.moved} sessions moved, "
+        f"{len(report.lost)} lost"
     )
     for reason in report.lost:
         print(f"lost: {reason}", file=sys.stderr)

@@ -39,6 +39,7 @@ async def test_every_frame_of_every_session_is_accounted_for_and_drawn(
     assert all(viewer.decided == viewer.sent for viewer in report.viewers)
     last = report.samples[-1]
     assert (last.sessions, last.behind, last.llms, last.encoders) == (0, 0, 1, 1)
+    assert (sum(report.claims.values()), report.moved) == (2, 0)
     draw(report, tmp_path / "load.png")
     assert (tmp_path / "load.png").stat().st_size > 0
     assert json.loads(json.dumps(asdict(report)))["schedule"]["fps"] == 8
