@@ -10,6 +10,8 @@ DEFAULT := configs/default_model.yaml
 EMOJI := @lobehub/fluent-emoji-3d@1.1.0
 WIDE := streams.folder=runs/default/wide streams.seed=7 streams.drawings=runs/default/package/assets \
   'streams.sets={"mixed": {"streams": 1300, "frames": [30, 90], "curious": true, "quiet": 0.15}}'
+CALM := streams.folder=runs/default/wide streams.seed=70000007 streams.drawings=runs/default/package/assets \
+  'streams.sets={"calm": {"streams": 600, "frames": [30, 90], "curious": true, "quiet": 0.15, "haunted": 0.35}}'
 MADE = data.folder=runs/default/$(1)/dialogues store.folder=runs/default/$(1)/tokens
 
 .PHONY: help demo serve finetune train-default test test-slow cluster-test chaos soak lint
@@ -50,9 +52,12 @@ train-default: $(INSTALLED)
 	$(RUN) -m jobs.make_streams $(DEFAULT) $(WIDE)
 	$(RUN) -m jobs.train $(DEFAULT) training.name=wide model.checkpoint=runs/default/runs/final/checkpoint \
 	  $(call MADE,wide/mixed) training.max_steps=600 training.learning_rate=5e-4 training.connector_learning_rate=2e-4
-	$(RUN) -m jobs.export_checkpoint $(DEFAULT) model.checkpoint=runs/default/runs/wide/checkpoint \
+	$(RUN) -m jobs.make_streams $(DEFAULT) $(CALM)
+	$(RUN) -m jobs.train $(DEFAULT) training.name=calm model.checkpoint=runs/default/runs/wide/checkpoint \
+	  $(call MADE,wide/calm) training.max_steps=260 training.learning_rate=4e-4 training.connector_learning_rate=1e-4
+	$(RUN) -m jobs.export_checkpoint $(DEFAULT) model.checkpoint=runs/default/runs/calm/checkpoint \
 	  export.folder=runs/default/model export.replace=true
-	$(RUN) -m jobs.evaluate $(DEFAULT) model.checkpoint=runs/default/model $(call MADE,wide/mixed) \
+	$(RUN) -m jobs.evaluate $(DEFAULT) model.checkpoint=runs/default/model $(call MADE,wide/calm) \
 	  evaluation.calibrate=true evaluation.folder=runs/default/evaluation
 	$(RUN) -m jobs.default_report configs/embedded.yaml model.checkpoint=runs/default/model $(REPORT)
 

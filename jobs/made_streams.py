@@ -16,7 +16,7 @@ from torch import Tensor
 
 from jobs.backgrounds import TEXT
 from jobs.class_fields import CELLS, Classifier, ellipses
-from jobs.object_names import kinds
+from jobs.object_names import ELUSIVE, kinds
 
 SURE = 0.45  # a name is in view from this probability on
 GAINS = (1.0, 1.4, 1.9)  # how strongly a thing is put in: the least that the classifier recognises
@@ -58,14 +58,17 @@ class StreamMaker:
         self.pooled = pooled
         self.by_name = [(material.thing_names == name).nonzero()[:, 0] for name in range(len(classifier.names))]
 
-    def make(self, seed: int, length: int, quiet: float = 0.12, gap: tuple[int, int] = (2, 16)) -> Made:
+    def make(
+        self, seed: int, length: int, quiet: float = 0.12, gap: tuple[int, int] = (2, 16), haunted: float = 0
+    ) -> Made:
         """A stream of `length` frames; `quiet` is the share of streams in which nothing comes.
 
         Where there are drawn things, they are half of what comes, and what the classifier does not recognise
-        although it is of a kind with what was put there goes by the name of the kind: an "animal".
+        although it is of a kind with what was put there goes by the name of the kind: an "animal". `haunted` is
+        the share of places that look like one of the ELUSIVE; nothing is ever said of these where it is not 0.
         """
         if self.material.drawn is not None:
-            return self._mixed(seed, length, quiet, gap)
+            return self._mixed(seed, length, quiet, gap, haunted)
         random = np.random.default_rng(seed)
         torch_random = torch.Generator().manual_seed(seed)
         fields, allowed = self._background(random, length)
@@ -85,26 +88,33 @@ class StreamMaker:
         seen = [self.classifier.names[p] if s >= SURE and p >= 0 else None for s, p in zip(sure, place, strict=True)]
         return Made(tokens.half(), [_agreed(name, names) for name, names in zip(seen, allowed, strict=True)])
 
-    def _mixed(self, seed: int, length: int, quiet: float, gap: tuple[int, int]) -> Made:
+    def _mixed(self, seed: int, length: int, quiet: float, gap: tuple[int, int], haunted: float) -> Made:
         random = np.random.default_rng(seed)
         torch_random = torch.Generator().manual_seed(seed)
         fields, allowed = self._background(random, length)
+        if haunted:
+            self._haunt(fields, haunted, random, torch_random)
         decided = list[str | None]([None] * length)
         put = list[tuple[int, int, str]]()
         before = 0
         for start, stop, cut in self._schedule(random, length, gap) if random.random() >= quiet else ():
             if random.random() < DRAWN:
                 self._draw(fields, allowed, decided, (before if not cut else start, start, stop), random)
+                if haunted:
+                    decided[start:stop] = [None if name in ELUSIVE else name for name in decided[start:stop]]
             else:
                 if cut:
                     fields[start:], allowed[start:] = self._background(random, length - start)
+                    if haunted:
+                        self._haunt(fields[start:], haunted, random, torch_random)
                 name = int(random.integers(len(self.classifier.names)))
                 word = self.classifier.names[name]
                 fields[start:stop] = self._with_thing(
                     fields[start:stop], name, cut, random, torch_random, self._relative(word, random)
                 )
-                allowed[start:stop] = [{*names, word} for names in allowed[start:stop]]
-                put.append((start, stop, word))
+                if not haunted or word not in ELUSIVE:
+                    allowed[start:stop] = [{*names, word} for names in allowed[start:stop]]
+                    put.append((start, stop, word))
                 self._flash(fields, stop, random, torch_random)
             before = stop
         noise = torch.randn(length, 1, 320, generator=torch_random) @ self.material.natural.T
@@ -142,6 +152,12 @@ class StreamMaker:
         if random.random() < 0.7:
             fields[stop:] = empty[at[stop:]]
             allowed[stop:] = [set()] * (len(fields) - stop)
+
+    def _haunt(self, fields: Tensor, share: float, random: np.random.Generator, torch_random: torch.Generator) -> None:
+        """Make a place look like one of the elusive things, as places out of focus do."""
+        if random.random() < share:
+            name = int(random.choice([place for place, name in enumerate(self.classifier.names) if name in ELUSIVE]))
+            fields[:] = self._with_thing(fields, name, True, random, torch_random)
 
     def _relative(self, word: str, random: np.random.Generator) -> Tensor | None:
         """Sometimes something of the same kind, to be blended with: what comes is then hard to tell from either."""

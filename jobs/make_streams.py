@@ -39,6 +39,7 @@ from jobs.dialogues import Dialogue, split_of
 from jobs.drawn_things import MissingDrawingsError, drawn_names, read_drawings, scenes
 from jobs.frame_store import FrameStore, StoreInfo
 from jobs.made_streams import SURE, Material, StreamMaker
+from jobs.object_names import ELUSIVE
 from jobs.program import run
 from jobs.stream_talk import Talk
 from jobs.training_config import TrainingConfig
@@ -57,6 +58,9 @@ class StreamSet(Section):
     frames: tuple[int, int] = Field(description="shortest and longest, at 2 a second")
     gap: tuple[int, int] = Field(default=(2, 16), description="frames without a thing between two of them")
     quiet: float = Field(default=0.12, ge=0, le=1, description="share of the streams in which nothing comes")
+    haunted: float = Field(
+        default=0, ge=0, le=1, description="share of the places that look like a bee, say, and are none"
+    )
     curious: bool = Field(default=False, description="somebody asks in every stream, most often soon after a change")
 
 
@@ -216,10 +220,12 @@ def _make_set(
     nameable = [*classifier.names, TEXT]
     if maker.material.drawn is not None:
         nameable += sorted(set(drawn_names().values()) - set(nameable))
+    if wanted.haunted:
+        nameable = [name for name in nameable if name not in ELUSIVE]
     with store.locked():
         for seed in tqdm(range(first, first + wanted.streams), desc=name, disable=not sys.stderr.isatty()):
             chance = random.Random(seed)
-            made = maker.make(seed, chance.randint(*wanted.frames), wanted.quiet, wanted.gap)
+            made = maker.make(seed, chance.randint(*wanted.frames), wanted.quiet, wanted.gap, wanted.haunted)
             video = f"{name}-{seed - first:05d}"
             length = len(made.shown)
             with store.writer(video, "made up") as writer:

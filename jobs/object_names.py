@@ -114,6 +114,27 @@ _KINDS = {
     """,
 }
 
+# Small things that a classifier of pictures tells by what is behind them: it sees them in any meadow out of focus.
+ELUSIVE = frozenset(
+    {
+        "ant",
+        "bee",
+        "beehive",
+        "beetle",
+        "bug",
+        "butterfly",
+        "cockroach",
+        "dragonfly",
+        "fly",
+        "grasshopper",
+        "hummingbird",
+        "ladybug",
+        "mantis",
+        "spider",
+        "worm",
+    }
+)
+
 _UNCOUNTED = frozenset(
     [
         "armor",

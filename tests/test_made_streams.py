@@ -22,6 +22,7 @@ from jobs.backgrounds import SIDE, TEXT, title_card
 from jobs.class_fields import CELLS, Classifier, Injector, patches
 from jobs.connector_start import start_connector, units
 from jobs.made_streams import Material, StreamMaker
+from jobs.object_names import ELUSIVE
 
 POOLED = (2, 2)
 
@@ -139,6 +140,12 @@ def test_drawn_things_are_shown_by_decree_and_alone(mixer: StreamMaker) -> None:
     boxes = torch.cat([one.tokens[[name == "box" for name in one.shown], 0] for one in made]).float()
     others = torch.cat([one.tokens[[name is None for name in one.shown], 0] for one in made]).float()
     assert (boxes - thing).norm(dim=1).max() < (others - thing).norm(dim=1).median()
+
+
+def test_elusive_things_are_never_shown_where_places_look_like_them(mixer: StreamMaker) -> None:
+    made = mixer.make(3, 60, quiet=0, haunted=1)
+    assert not ELUSIVE & set(made.shown)
+    assert not torch.equal(made.tokens, mixer.make(3, 60, quiet=0).tokens)
 
 
 def test_what_is_seldom_recognised_goes_by_its_kind(classifier: Classifier, mixer: StreamMaker) -> None:
