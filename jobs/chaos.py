@@ -40,8 +40,10 @@ CALM_S = 3.0
 END_S = 180.0
 
 
-async def run(app: Application, sessions: int, seed: int, names: Sequence[str], report: ChaosReport) -> None:
-    """All faults on the same sessions, then the loss of all data on two new ones."""
+async def run(
+    app: Application, sessions: int, seed: int, names: Sequence[str], minutes: float, report: ChaosReport
+) -> None:
+    """Faults on the same sessions, none after `minutes`, then the loss of all data on two new ones."""
     chosen, stop, image = random.Random(seed), asyncio.Event(), picture()
     await until_whole(app)
     with UsageSampler(every_s=2, memory=True) as usage:
@@ -51,6 +53,9 @@ async def run(app: Application, sessions: int, seed: int, names: Sequence[str], 
             report.started = time.monotonic()
             await _going_on(clients, tasks, time.monotonic())
             for name in chosen.sample(list(names), len(names)):
+                if time.monotonic() > report.started + 60 * minutes:
+                    report.left_out.append(name)
+                    continue
                 await asyncio.sleep(CALM_S * chosen.uniform(0.5, 1.5))
                 report.faults.append(await _inject(name, app, chosen, image, clients, tasks))
             stop.set()
@@ -141,6 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sessions", type=int, default=50)
     parser.add_argument("--replicas", type=int, default=2, help="of gateway, encoder and LLM each")
     parser.add_argument("--faults", nargs="+", choices=list(FAULTS), default=list(FAULTS), metavar="FAULT")
+    parser.add_argument("--minutes", type=float, default=60.0, help="after which no further fault is injected")
     parser.add_argument("--settings", help="a file whose model and engine are used instead of a random model")
     parser.add_argument("--save", type=Path, help="write FILE.json and FILE.png")
     parser.add_argument("--note", action="append", default=[], help="a line for the report")
@@ -154,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             folder = Path(name)
             given = load_config(options.settings).sections if options.settings else tiny_settings(folder / "llm")
             with Application(folder, given, options.replicas, RESUME_S) as app:
-                asyncio.run(run(app, options.sessions, options.seed, options.faults, report))
+                asyncio.run(run(app, options.sessions, options.seed, options.faults, options.minutes, report))
     except (ChaosError, ConfigError, RedisServerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

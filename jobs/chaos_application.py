@@ -32,6 +32,13 @@ from jobs.process_usage import descendants
 START_S = 300.0
 STOP_S = 60.0
 ROLES = ("gateways", "encoders", "llms")
+# The shell becomes the application; beside it a subshell waits on the pipe from this program. A line means that
+# this program ends the application itself, end of file that it is gone.
+WITH_PROGRAM = """
+exec 3<&0 </dev/null
+{ read -r _ <&3 || kill $$; } >/dev/null 2>&1 &
+exec "$@" 3<&-
+"""
 DURABLE = {"appendonly": "yes", "appendfsync": "always", "maxmemory": "512mb"}
 
 
@@ -153,11 +160,17 @@ class Application:
         local_ray_environment()
         environment = {**os.environ, "REDIS_URL": self.redis_url, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         environment.pop("RAY_ADDRESS", None)
-        command = [sys.executable, "-m", "serve.app", str(self._settings), "serve.port=0"]
+        command = ["/bin/sh", "-c", WITH_PROGRAM, "sh", sys.executable, "-m", "serve.app", str(self._settings)]
         # Ray's workers write here as long as they live: a pipe that nobody reads would stop them.
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                command, stdout=log, stderr=log, text=True, env=environment, start_new_session=True
+                [*command, "serve.port=0"],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                text=True,
+                env=environment,
+                start_new_session=True,
             )
         deadline = time.monotonic() + START_S
         while time.monotonic() < deadline and self._process.poll() is None:
@@ -181,4 +194,6 @@ class Application:
                     with suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
                 process.wait()
+            with suppress(BrokenPipeError):
+                process.communicate("\n")
         self.redis.stop()

@@ -41,6 +41,7 @@ class ChaosReport:
     notes: list[str]
     started: float = 0.0
     faults: list[Injected] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
     sessions: list[dict[str, object]] = field(default_factory=list)
     totals: dict[str, int] = field(default_factory=dict)
     memory: list[tuple[float, float]] = field(default_factory=list)
@@ -94,6 +95,7 @@ class ChaosReport:
         lines += ["", *(f"{name.replace('_', ' '):<30} {value:>8}" for name, value in self.totals.items())]
         lines += [
             f"{'faults injected':<30} {len(self.faults):>8}",
+            *([f"no time was left for: {', '.join(self.left_out)}"] if self.left_out else []),
             f"{'recovery p50 (wanted < 4 s)':<30} {share(self.recoveries, 0.5):>7.1f}s",
             f"{'recovery p99 (wanted < 15 s)':<30} {share(self.recoveries, 0.99):>7.1f}s",
             f"all data lost: sessions ended {', '.join(self.expired) or '(not tried)'}; "

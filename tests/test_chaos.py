@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -28,7 +29,7 @@ from actors.messages import FrameSkipped, LogEntry, SessionSettings
 from actors.redis_server import RedisServer
 from jobs import chaos_faults
 from jobs.chaos import main
-from jobs.chaos_application import DURABLE
+from jobs.chaos_application import DURABLE, WITH_PROGRAM
 from jobs.chaos_client import FPS, Books, ChaosClient
 from jobs.chaos_faults import FAULTS, lose_data
 from jobs.chaos_report import share
@@ -306,6 +307,13 @@ def test_the_books_tell_what_is_missing_twice_out_of_order_or_lost() -> None:
     assert books(event(0, 0, video_time=9.0)).disorder == 1
     assert books(event(0, 0), acknowledged=3).lost == 2
     assert not books(event(0, 0), acknowledged=3).sound
+
+
+def test_an_application_ends_with_the_program_that_started_it() -> None:
+    with subprocess.Popen(["/bin/sh", "-c", WITH_PROGRAM, "sh", "sleep", "600"], stdin=subprocess.PIPE) as started:
+        assert started.stdin is not None
+        started.stdin.close()
+        assert started.wait(timeout=60) == -signal.SIGTERM
 
 
 def test_shares_of_nothing_are_no_numbers() -> None:
