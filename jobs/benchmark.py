@@ -42,6 +42,8 @@ from jobs.engine_benchmark import QUICK, Amount, EngineBenchmark
 from jobs.serve_benchmark import EndpointError, Load, ServeReport, endpoint, machine, measure_all
 from jobs.stream_benchmark import Clip, StreamReport, measure, schedule
 
+DEFAULT_SETTINGS = "configs/embedded.yaml"
+
 ENGINE_HELP = """Compare the batched engine with the `reference` backend.
 
 Without arguments: the embedded default on the CPU, about 15 minutes on two cores of 2020s
@@ -75,6 +77,9 @@ Without arguments: the embedded default over the sample videos, about 5 minutes 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 0 done, 1 a mistake in the settings, which is explained."""
     arguments = _parser().parse_args(argv)
+    if "=" in arguments.settings:  # the file was left out
+        arguments.overrides.insert(0, arguments.settings)
+        arguments.settings = DEFAULT_SETTINGS
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     try:
         arguments.run(arguments)
@@ -166,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
         "  python -m jobs.benchmark engine configs/embedded.yaml engine.threads=2 --quick\n"
         "  python -m jobs.benchmark engine --preset llama3-8b --device cuda",
     )
-    one.add_argument("settings", nargs="?", default="configs/embedded.yaml", help="default: configs/embedded.yaml")
+    one.add_argument("settings", nargs="?", default=DEFAULT_SETTINGS, help=f"default: {DEFAULT_SETTINGS}")
     one.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     one.add_argument("--preset", choices=PRESETS, default=PRESETS[0], help="embedded: the model of the settings file")
     one.add_argument("--device", help="cpu or cuda (default: engine.device of the settings)")
@@ -182,7 +187,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=raw,
         epilog="example:\n  python -m jobs.benchmark data --save benchmarks --machine xeon-2-cores",
     )
-    two.add_argument("settings", nargs="?", default="configs/embedded.yaml", help="default: configs/embedded.yaml")
+    two.add_argument("settings", nargs="?", default=DEFAULT_SETTINGS, help=f"default: {DEFAULT_SETTINGS}")
     two.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     two.add_argument("--videos", nargs="+", default=["tests/samples"], metavar="PATH", help="default: tests/samples")
     two.add_argument("--frames", type=int, help="through the pipeline, at least (default: 3000)")
@@ -198,7 +203,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=raw,
         epilog="example:\n  python -m jobs.benchmark train training.batch_size=8 --save benchmarks",
     )
-    three.add_argument("settings", nargs="?", default="configs/embedded.yaml", help="default: configs/embedded.yaml")
+    three.add_argument("settings", nargs="?", default=DEFAULT_SETTINGS, help=f"default: {DEFAULT_SETTINGS}")
     three.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     three.add_argument("--steps", type=int, default=4, help="measured, after one that warms up (default: 4)")
     three.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
@@ -239,7 +244,7 @@ def _add_serve(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("settings", nargs="?", default="configs/embedded.yaml", help="default: configs/embedded.yaml")
+    parser.add_argument("settings", nargs="?", default=DEFAULT_SETTINGS, help=f"default: {DEFAULT_SETTINGS}")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     parser.add_argument("--save", metavar="FOLDER", help="write FOLDER/<date>-<kind>-<machine>.json")
     parser.add_argument("--machine", metavar="NAME", default="machine", help="name in the file's name")
