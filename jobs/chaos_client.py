@@ -26,6 +26,7 @@ from actors.tasks import end_all
 FPS = 2.0
 LONGEST_PAUSE_S = 1.0
 QUIET_S = 90.0
+NORMAL_END = "end of input"
 FINAL = ("session_expired", "resume_too_late", "bad_position")
 
 Event = dict[str, JsonValue]
@@ -44,6 +45,7 @@ class Books:
     heard: list[str] = field(default_factory=list)
     acknowledged: int = 0
     skipped: set[int] = field(default_factory=set)
+    dropped: int = 0
     errors: list[str] = field(default_factory=list)
     connections: int = 0
     duplicated: int = 0
@@ -52,8 +54,9 @@ class Books:
 
     @property
     def lost(self) -> int:
-        """Frames that the server said it had and never decided."""
-        return sum(index not in self.decided and index not in self.skipped for index in range(self.acknowledged))
+        """Frames that the server answered for and neither decided, skipped with a reason, nor counted as dropped."""
+        undecided = sum(index not in self.decided and index not in self.skipped for index in range(self.acknowledged))
+        return max(0, undecided - self.dropped)
 
     @property
     def unanswered(self) -> int:
@@ -68,10 +71,10 @@ class Books:
         )
 
     def recovery(self, since: float) -> float | None:
-        """Seconds from a moment until the first frame due after it was decided; None while none was."""
+        """Seconds from a moment until a frame due after it was decided; None while none was."""
         later = itertools.takewhile(lambda item: item[1] >= since, reversed(self.due.items()))
-        index = min((index for index, _ in later), default=-1)
-        return self.decided[index] - since if index in self.decided else None
+        index = min((index for index, _ in later if index in self.decided), default=None)
+        return None if index is None else self.decided[index] - since
 
 
 class Final(Exception):
@@ -193,6 +196,8 @@ class ChaosClient:
             error = event["error"]
             assert isinstance(error, dict)
             self._note(str(error["code"]))
+            if error["code"] == "frame_skipped":
+                self.books.skipped.add(round(_float(error["video_time"]) * FPS))
             if error["code"] in FINAL:
                 if self.books.told or self.books.acknowledged:
                     raise Final(error["code"])
@@ -226,12 +231,13 @@ class ChaosClient:
             self.books.heard.append(str(item["id"]))
         elif kind == "session.ended":
             self._ended = True
-            if self._ending_at is None:
+            if event["reason"] != NORMAL_END:
                 self._note(str(event["reason"]))
 
     def _acknowledge(self, event: Event) -> None:
         frames = event["frames"]
         assert isinstance(frames, dict)
+        self.books.dropped = max(self.books.dropped, _number(frames["dropped"]))
         if frames.get("through") is not None:
             self.books.acknowledged = max(self.books.acknowledged, round(_float(frames["through"]) * FPS) + 1)
 

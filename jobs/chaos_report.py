@@ -63,6 +63,8 @@ class ChaosReport:
             "events_out_of_order": sum(each.disorder for each in books),
             "frames_decided": sum(len(each.decided) for each in books),
             "frames_acknowledged": sum(each.acknowledged for each in books),
+            "frames_skipped": sum(len(each.skipped) for each in books),
+            "frames_dropped": sum(each.dropped for each in books),
             "frames_lost": sum(each.lost for each in books),
             "questions": sum(len(each.asked) for each in books),
             "questions_not_answered_once": sum(each.unanswered for each in books),

@@ -141,7 +141,8 @@ async def soak(app: Application, sessions: int, seed: int, seconds: float, repor
 
 async def _visit(app: Application, chosen: random.Random, end: float, report: SoakReport) -> None:
     """One client after another; some say goodbye, some are just gone."""
-    while time.monotonic() < end:
+    start = time.monotonic()
+    while (began := time.monotonic()) < end:
         stop = asyncio.Event()
         client = ChaosClient(app.url, picture(), chosen.randrange(1 << 30), chosen.random() < 0.25, stop)
         task = asyncio.create_task(client.run(audit=False))
@@ -154,7 +155,7 @@ async def _visit(app: Application, chosen: random.Random, end: float, report: So
         stop.set()
         books = await task
         if problem := _wrong(books):
-            report.wrong.append(problem)
+            report.wrong.append(f"{began - start:.0f} to {time.monotonic() - start:.0f} s, {problem}")
 
 
 def _wrong(books: Books) -> str:

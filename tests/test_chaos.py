@@ -307,6 +307,12 @@ def test_the_books_tell_what_is_missing_twice_out_of_order_or_lost() -> None:
     assert books(event(0, 0, video_time=9.0)).disorder == 1
     assert books(event(0, 0), acknowledged=3).lost == 2
     assert not books(event(0, 0), acknowledged=3).sound
+    told = books(event(0, 0), event(1, 3), acknowledged=4)
+    told.skipped, told.dropped = {1}, 1
+    assert told.lost == 0
+    told.due = {0: 1.0, 1: 2.0, 2: 3.0, 3: 4.0, 4: 5.0}
+    assert told.recovery(1.5) == told.decided[3] - 1.5
+    assert told.recovery(4.5) is None
 
 
 def test_an_application_ends_with_the_program_that_started_it() -> None:
