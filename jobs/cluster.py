@@ -35,3 +35,12 @@ def connect(num_cpus: int | None = None) -> None:
 def is_local() -> bool:
     """Whether `connect` starts a cluster of this program's own."""
     return "RAY_ADDRESS" not in os.environ
+
+
+def cpus_of_one(wanted: float) -> float:
+    """CPUs to reserve for an actor of `wanted` threads: no more than a machine of the cluster has, or it never starts.
+
+    A cluster whose machines have no CPUs yet (a head without work that will grow) is asked for all of them.
+    """
+    largest = max((node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
+    return min(wanted, largest) if largest else wanted

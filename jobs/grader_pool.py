@@ -16,7 +16,7 @@ from ray.actor import ActorHandle
 
 from actors.config import Config
 from actors.engine import EngineConfig
-from jobs.cluster import connect, is_local
+from jobs.cluster import connect, cpus_of_one, is_local
 from jobs.dialogues import Dialogue
 from jobs.grader import Grader, Identity
 from jobs.training_run import portable
@@ -65,7 +65,7 @@ class Actors:
         engine = config.section("engine", EngineConfig)
         connect(max(os.cpu_count() or 1, workers * engine.threads + 1))
         actor = ray.remote(Grader).options(
-            num_cpus=engine.threads,
+            num_cpus=cpus_of_one(engine.threads),
             num_gpus=float(engine.device.startswith("cuda")),
             max_restarts=RESTARTS,
             max_task_retries=RESTARTS,

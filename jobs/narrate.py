@@ -43,7 +43,7 @@ from actors.video import VideoError, probe
 from actors.vision import VisionError
 from actors.weights import WeightsError
 from jobs.annotations import VIDEO_SUFFIXES
-from jobs.cluster import connect, is_local
+from jobs.cluster import connect, cpus_of_one, is_local
 from jobs.narrator import VIDEO_SUFFIX, Narrator, Outcome, Task
 from jobs.program import describe, root_cause
 from jobs.replay import Question
@@ -124,7 +124,7 @@ def _on_cluster(request: Request) -> Iterator[Outcome]:
         fn_constructor_args=(request.config, request.questions, request.burns),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(request.workers, len(rows))),
-        num_cpus=cpus,
+        num_cpus=cpus_of_one(cpus),
         num_gpus=gpus or None,
     )
     with tqdm(total=len(rows), unit="video", disable=None, file=sys.stderr) as bar:

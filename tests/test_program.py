@@ -12,6 +12,7 @@ import ray
 from pydantic import Field
 
 from actors.config import Config, ConfigError, Section
+from jobs import cluster
 from jobs.program import root_cause, run
 
 
@@ -156,3 +157,15 @@ def test_the_cause_is_found_in_what_ray_wraps_it_in() -> None:
     assert root_cause(task) is cause
     assert root_cause(task.as_instanceof_cause()) is cause
     assert root_cause(cause) is cause
+
+
+@pytest.mark.parametrize(
+    ("machines", "reserved"), [([1, 1], 1), ([1, 8], 2), ([0], 2), ([], 2)], ids=["small", "large", "head", "none"]
+)
+def test_an_actor_asks_for_no_more_cpus_than_a_machine_has(
+    machines: list[int], reserved: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = [{"Alive": True, "Resources": {"CPU": float(cpus)} if cpus else {}} for cpus in machines]
+    gone = {"Alive": False, "Resources": {"CPU": 64.0}}
+    monkeypatch.setattr(cluster.ray, "nodes", lambda: [*nodes, gone])
+    assert cluster.cpus_of_one(2) == reserved
