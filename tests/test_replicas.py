@@ -84,8 +84,8 @@ async def test_a_reporter_tells_each_step_once_and_retires(bus: Bus) -> None:
     reporter = Reporter(bus, "llm", "me", "model", lambda: {"timeline": list(timeline), "n": 1}, meters.registry)
     await reporter.once()
     timeline.append(("decide", "s", 1, 1, 2.0, 3.0))
+    await reporter.once()  # not beside that of `running`: both would find the step untold
     async with reporter.running():
-        await reporter.once()
         (report,) = await bus.reports()
         assert report.stats == {"n": 1}
         found = {family.name: family for family in text_string_to_metric_families(report.metrics)}
