@@ -361,7 +361,7 @@ def _questions(reporter: Reporter, film: PhotoFilm, count: int) -> dict[str, obj
 def _quiet(
     reporter: Reporter, streams: StreamsConfig, hours: float, scenes: Sequence[Image.Image]
 ) -> dict[str, object]:
-    """Hours of scenes in which the classifier is sure of nothing, ten minutes a stream: false alarms.
+    """Hours of scenes in which the classifier is sure of nothing, at most ten minutes a stream: false alarms.
 
     With `scenes`, photographs that nothing was trained on; else other views of those that were backgrounds.
     """
@@ -377,7 +377,7 @@ def _quiet(
             clips.append(field.half())
     still = replace(made, clips=torch.stack(clips), clip_names=[()] * len(clips))
     maker = StreamMaker(still, reporter.classifier, reporter.pooled)
-    length = int(600 * FPS)
+    length = int(min(600, hours * 3600) * FPS)
     alarms = list[str]()
     count = max(1, round(hours * 6))
     for seed in tqdm(range(count), desc="quiet", disable=not sys.stderr.isatty()):
