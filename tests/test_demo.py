@@ -82,13 +82,17 @@ def test_the_demo_plays_a_video_and_leaves_nothing_behind(config: str, tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "status"),
-    [(signal.SIGINT, 130), (signal.SIGTERM, 143)],
-    ids=["SIGINT", "SIGTERM"],
+    ("moment", "processes", "number", "status"),
+    [
+        ("starting", 2, signal.SIGINT, 130),
+        ("starting", 6, signal.SIGTERM, 143),
+        ("starting", 11, signal.SIGINT, 130),
+        ("playing", 0, signal.SIGTERM, 143),
+        ("playing", 0, signal.SIGINT, 130),
+    ],
 )
-@pytest.mark.parametrize(("moment", "processes"), [("starting", 2), ("starting", 6), ("starting", 11), ("playing", 0)])
 def test_a_demo_that_is_stopped_leaves_nothing_behind(
-    config: str, number: signal.Signals, status: int, moment: str, processes: int
+    config: str, moment: str, processes: int, number: signal.Signals, status: int
 ) -> None:
     demo = Demo("--config", config)
     demo.until(moment)
@@ -106,9 +110,7 @@ def test_a_demo_that_is_stopped_leaves_nothing_behind(
     ("arguments", "says"),
     [
         (["--video", "nowhere.mp4"], "nowhere.mp4"),
-        (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["serve.portt=1"], "portt"),
-        (["engine.threadz=1"], "engine.threadz"),
     ],
 )
 def test_a_demo_that_cannot_start_says_why(config: str, arguments: list[str], says: str) -> None:
