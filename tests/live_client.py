@@ -53,9 +53,9 @@ class LiveClient:
         self.say({"type": "input_video_buffer.end"})
         return self.until(SessionEnded)
 
-    def until(self, *kinds: type[EventT]) -> EventT:
-        """The next event of a kind. Fails after a minute."""
-        deadline = time.monotonic() + DEADLINE_S
+    def until(self, *kinds: type[EventT], within_s: float = DEADLINE_S) -> EventT:
+        """The next event of a kind. Raises TimeoutError."""
+        deadline = time.monotonic() + within_s
         while True:
             event = parse_event(self.socket.recv(timeout=max(0.0, deadline - time.monotonic())))
             self.events.append(event)
