@@ -35,7 +35,7 @@ class BatchedEngine:
         self.template = template
         self.config = config
         llm = model.base_llm
-        self.limits = config.limits(llm.config.max_position_embeddings)
+        self.limits = config.limits(llm.config)
         self.idle = True
         self.sessions: dict[str, Session] = {}
         self.scheduler = Scheduler(config.token_budget, config.speculate)

@@ -11,10 +11,13 @@ from __future__ import annotations
 from typing import Literal, NamedTuple, Protocol, Self
 
 from pydantic import Field, model_validator
+from transformers import PretrainedConfig
 
 from actors.config import Section
 from actors.messages import LogEntry, SessionSettings
 from actors.session import Limits, Session
+
+LENGTH_FREE_ROPE = {"default", "linear", "llama3", "yarn"}  # angles of a position do not depend on the others
 
 
 class NoCapacity(RuntimeError):
@@ -28,8 +31,9 @@ class EngineConfig(Section):
     on CUDA, the share of the memory that is free after loading the model instead. A step appends about
     `token_budget` positions; `speculate` is the most frames of a session that are appended in one step.
     `untrained` allows a model without a checkpoint, whose words mean nothing, to show that all runs.
-    `max_positions` is the longest context (default: the model's limit). `window_trigger` and
-    `window_keep` are a session's defaults: rebuild before passing the first, down to the second.
+    `max_positions` is the longest context (default: the model's limit; beyond it, rotary positions simply
+    go on, as the public reference lets them). `window_trigger` and `window_keep` are a session's
+    defaults: rebuild before passing the first, down to the second.
     """
 
     backend: Literal["batched", "reference"] = "batched"
@@ -46,9 +50,16 @@ class EngineConfig(Section):
     window_keep: int | None = Field(default=None, gt=0)
     memory_tokens: int = Field(default=128, ge=0)
 
-    def limits(self, model_positions: int) -> Limits:
-        """Limits of a session on a model with that many positions."""
-        capacity = min(self.max_positions or model_positions, model_positions)
+    def limits(self, llm: PretrainedConfig) -> Limits:
+        """Limits of a session on that model. Raises ValueError for more positions than it can be given."""
+        made_for: int = llm.max_position_embeddings
+        capacity = self.max_positions or made_for
+        rope = (getattr(llm, "rope_parameters", None) or {}).get("rope_type")
+        if capacity > made_for and rope not in LENGTH_FREE_ROPE:
+            raise ValueError(
+                f"engine.max_positions is {capacity}, the LLM is made for {made_for} and its positions (rope type "
+                f"{rope}) do not go on beyond: set at most {made_for}"
+            )
         return Limits(capacity, self.window_trigger, self.window_keep, self.memory_tokens)
 
     @model_validator(mode="after")

@@ -27,7 +27,7 @@ class ReferenceEngine:
         self.model = model.eval()
         self.template = template
         self.config = config
-        self.limits = config.limits(model.base_llm.config.max_position_embeddings)
+        self.limits = config.limits(model.base_llm.config)
         self.sessions: dict[str, Session] = {}
         self.idle = True
         self._caches: dict[str, DynamicCache] = {}
