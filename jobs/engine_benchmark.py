@@ -66,8 +66,12 @@ class Amount:
     memory_frames: int = 400
     lag_sessions: int = 4
     lag_frames: int = 40
+    crowd: int = 0
+    crowd_window: int = 8192
+    crowd_frames: int = 20
 
 
+ON_GPU = Amount(crowd=45)
 QUICK = Amount(
     lengths=(20, 120),
     window=700,
@@ -86,6 +90,9 @@ QUICK = Amount(
     memory_frames=100,
     lag_sessions=2,
     lag_frames=8,
+    crowd=2,
+    crowd_window=700,
+    crowd_frames=8,
 )
 
 
@@ -135,6 +142,7 @@ class EngineBenchmark:
             self.many_sessions,
             self.whole_cycles,
             self.lag,
+            self.crowd,
         )
         for part in parts:
             began = time.monotonic()
@@ -240,9 +248,7 @@ class EngineBenchmark:
         """Resident memory of the process while one stream runs through many evictions."""
         engine = self._engines(self.amount.cycle_window, 1)["batched"]
         session = engine.open("s", SETTINGS)
-        assert isinstance(engine, PlacedBatched)
-        llm = self.subject.model.base_llm
-        kv_mb = engine.memory.positions * KVMemory.bytes_per_position(llm.config, llm.dtype) / 1e6
+        kv_mb = self._kv_bytes(engine) / 1e6
         full_at = None
         for frames in range(20, self.amount.memory_frames + 1, 20):
             log: list[LogEntry] = []
@@ -271,6 +277,27 @@ class EngineBenchmark:
                     self.report.numbers[f"{name}_lag_{kind}_p50_ms"] = _percentile(lags, 50)
                     self.report.numbers[f"{name}_lag_{kind}_p99_ms"] = _percentile(lags, 99)
             self.report.decided.setdefault("lag", {})[name] = count(stream.log)
+
+    def crowd(self) -> None:
+        """As many live sessions as are wanted and `engine.kv_memory_gb` holds, all over their eviction cycles."""
+        if not self.amount.crowd:
+            return
+        window, budget = self.amount.crowd_window, self.config.kv_memory_gb
+        every_tenth = range(3, 1_000_000, 10)
+        engine = self._engines(window, self.amount.crowd, every_tenth, budget if self.on_gpu else None)["batched"]
+        sessions = min(self.amount.crowd, engine.room)
+        folded = self._folded(engine)
+        while len(folded.evicted_at) < 2:
+            folded.run(folded.next_seq + 1)
+        start, stop = folded.evicted_at
+        lived = [self._folded(engine).run(start + (stop - start) * i // sessions) for i in range(sessions)]
+        stream = SimulatedStream(engine, sessions, self.amount.crowd_frames, self.frame, lived)
+        stream.run(self._timed)
+        self.report.numbers["crowd_sessions"] = sessions
+        self.report.numbers["crowd_kv_memory_gb"] = self._kv_bytes(engine) / 1e9
+        self.report.numbers["crowd_step_p99_ms"] = _percentile(stream.steps, 99)
+        self.report.numbers["crowd_lag_p50_ms"] = _percentile(stream.others, 50)
+        self.report.numbers["crowd_lag_p99_ms"] = _percentile(stream.others, 99)
 
     def _first_token(self, engines: Engines, length: int) -> None:
         """A question to the session that `live` has left there, until its first token is logged."""
@@ -304,12 +331,20 @@ class EngineBenchmark:
 
     # -- how it is measured -----------------------------------------------------------------------
 
-    def _engines(self, window: int | None, sessions: int, speaks: Sequence[int] = ()) -> Engines:
-        """One engine of each kind, with memory for so many sessions of `window` positions."""
+    def _engines(
+        self, window: int | None, sessions: int, speaks: Sequence[int] = (), kv_memory_gb: float | None = None
+    ) -> Engines:
+        """One engine of each kind, with `kv_memory_gb`, or memory for so many sessions of `window` positions."""
         llm = self.subject.model.base_llm
         positions = min(window or llm.config.max_position_embeddings, llm.config.max_position_embeddings)
         each = KVMemory.bytes_per_position(llm.config, llm.dtype) * (positions + 256)
-        update = {"max_positions": positions, "max_sessions": sessions, "kv_memory_gb": sessions * each / 1e9}
+        memory = kv_memory_gb or sessions * each / 1e9
+        update = {
+            "max_positions": positions,
+            "max_sessions": sessions,
+            "kv_memory_gb": memory,
+            "kv_memory_share": None,
+        }
         config = self.config.model_copy(update=update)
         engines: Engines = {
             "reference": PlacedReference(self.subject.baseline, self.subject.template, config),
@@ -318,6 +353,11 @@ class EngineBenchmark:
         for engine in engines.values():
             engine.session_type = scripted(speaks)
         return engines
+
+    def _kv_bytes(self, engine: PlacedEngine) -> int:
+        assert isinstance(engine, PlacedBatched)
+        llm = self.subject.model.base_llm
+        return engine.memory.positions * KVMemory.bytes_per_position(llm.config, llm.dtype)
 
     def _step(self, engine: PlacedEngine, log: list[LogEntry]) -> float:
         """Milliseconds of one step; what it logged goes to `log`."""

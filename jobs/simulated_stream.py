@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from actors.engine import StepResult
 from actors.messages import FramesDecided, LogEntry, ResponseEnded
-from jobs.scripted import FPS, SETTINGS, PlacedEngine
+from jobs.scripted import FPS, SETTINGS, PlacedEngine, count, place
 
 
 class SimulatedStream:
@@ -16,9 +16,17 @@ class SimulatedStream:
 
     A frame's lag is the time from its arrival to its decision. `behind` holds the lags of frames that came
     while their own session was speaking, or while frames before them waited for that; `others` the rest.
+    `lived` is, for every session, the log of what it has behind it; without, sessions are new.
     """
 
-    def __init__(self, engine: PlacedEngine, sessions: int, frames: int, frame: torch.Tensor) -> None:
+    def __init__(
+        self,
+        engine: PlacedEngine,
+        sessions: int,
+        frames: int,
+        frame: torch.Tensor,
+        lived: Sequence[Sequence[LogEntry]] = (),
+    ) -> None:
         self.engine, self.frame = engine, frame
         self.now = 0.0
         self.steps: list[float] = []
@@ -27,12 +35,18 @@ class SimulatedStream:
         self.log: list[LogEntry] = []
         self._spoke_until = dict.fromkeys((f"s{i}" for i in range(sessions)), -1.0)
         between = 1000 / FPS
+        next_seq = [count(log)[0] for log in lived] or [0] * sessions
         self._arrivals = sorted(
-            (between * (seq + index / sessions), f"s{index}", seq) for index in range(sessions) for seq in range(frames)
+            (between * (number + index / sessions), f"s{index}", next_seq[index] + number)
+            for index in range(sessions)
+            for number in range(frames)
         )
         self._arrived = {(session_id, seq): at for at, session_id, seq in self._arrivals}
-        for session_id in self._spoke_until:
-            engine.open(session_id, SETTINGS)
+        for index, session_id in enumerate(self._spoke_until):
+            if lived:
+                place(engine, session_id, lived[index], frame)
+            else:
+                engine.open(session_id, SETTINGS)
 
     def run(self, timed_step: Callable[[PlacedEngine], tuple[float, StepResult]]) -> None:
         """Until everything is decided; `timed_step` steps the engine and says how many ms it took."""

@@ -70,6 +70,8 @@ def test_a_quick_run_saves_every_measurement(saved: Path) -> None:
         for percent in ("p50", "p99")
     }
     assert steps_and_lag <= set(found["numbers"])
+    assert found["numbers"]["crowd_sessions"] == 2
+    assert 0 < found["numbers"]["crowd_lag_p50_ms"] <= found["numbers"]["crowd_lag_p99_ms"]
     floors = {"memory_bandwidth_gb_s", "floor_of_a_step_ms", "products_gflop_s", "floor_of_a_recorded_frame_ms"}
     assert {"late_to_early", "memory_growth", *floors} <= set(found["numbers"])
     assert [frames for frames, _, _ in found["memory"]] == [20, 40, 60, 80, 100]
@@ -135,6 +137,30 @@ def test_simulated_streams_decide_every_frame_and_wait_for_nothing(
     assert len(stream.behind) >= 4
     assert max(stream.behind) > REPLY_TOKENS * 100 / 2
     assert min(stream.others) == 100.0
+
+
+def test_simulated_streams_go_on_from_what_their_sessions_have_lived_through(loaded: checkpoint.Loaded) -> None:
+    engine = PlacedBatched(loaded.model, loaded.template, CONFIG)
+    engine.session_type = scripted([])
+    frame = torch.zeros(10, 48)
+    folded = Folded(loaded.template, loaded.model.config.system_prompt, engine.limits, frame)
+    lived = [list(folded.run(5)), list(folded.run(9))]
+    stream = SimulatedStream(engine, 2, 3, frame, lived)
+    stream.run(lambda engine: (100.0, engine.step()))
+    assert count(stream.log) == (6, 0)
+    assert stream.others == [100.0] * 6
+    assert [session.next_seq for session in engine.sessions.values()] == [8, 12]
+
+
+def test_a_gpu_has_goals_of_its_own() -> None:
+    report = Report({"cpu": "none", "gpu": "H100"}, [Comparison("live", 300, 30.0, 10.0)])
+    report.numbers |= {"crowd_sessions": 45, "crowd_lag_p99_ms": 501.0}
+    assert {goal.name: goal.met for goal in report.goals} == {
+        "live at 300, times reference": False,
+        "crowd_sessions": True,
+        "crowd_lag_p99_ms": False,
+    }
+    assert "goals on a GPU" in report.table()
 
 
 def test_ratios_and_goals_count_the_right_way() -> None:
