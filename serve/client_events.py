@@ -20,7 +20,7 @@ BINARY_VERSION = 1
 BINARY_HEADER = struct.Struct(">Bd")  # version, video time in seconds
 
 DropPolicy = Literal["latest", "block"]
-VideoTime = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+VideoTime = Annotated[float, Field(strict=True, ge=0, le=1e9, allow_inf_nan=False)]  # a number: not "1", not true
 
 
 class ClientError(ValueError):
