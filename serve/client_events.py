@@ -220,6 +220,11 @@ def check_time(video_time: float) -> float:
     return video_time
 
 
+def is_number(text: str) -> bool:
+    """Whether a header's or an address's text is a whole number of a size that occurs: `int` takes or fails at more."""
+    return text.isascii() and text.isdecimal() and len(text) < 16
+
+
 def picture_bytes(encoded: str, param: str) -> bytes:
     """Bytes of base64 text or of a base64 data URL. Raises ClientError."""
     if encoded.startswith("data:"):

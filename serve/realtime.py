@@ -29,6 +29,7 @@ from serve.client_events import (
     SessionUpdate,
     VideoAppend,
     VideoEnd,
+    is_number,
     parse_binary,
     parse_text,
     picture_bytes,
@@ -321,7 +322,7 @@ def _wanted(websocket: WebSocket) -> Resume | None:
         if after is not None:
             raise ClientError("bad_value", "after is given without session_id, expected both", "session_id")
         return None
-    if after is not None and not (after.lstrip("-").isdecimal() and after.isascii() and len(after) < 16):
+    if after is not None and not is_number(after.removeprefix("-")):
         raise ClientError("bad_value", f"after is {after!r:.60}, expected a log position", "after")
     return Resume(session_id, None if after is None else max(-1, int(after)))
 

@@ -149,6 +149,34 @@ def test_sources_that_are_not_listed_are_refused(url: str, videos: Path) -> None
         assert answer.json()["error"]["code"] == "url_refused"
 
 
+def test_hostile_questions_and_places_are_refused_and_the_stream_goes_on(url: str, videos: Path) -> None:
+    stream_id = start(url, videos / "long.mp4", live=True).json()["id"]
+    address = f"{url}/v1/streams/{stream_id}"
+    times = ("-1", "NaN", "1e999", '"soon"', "true", "1e10", "[1]")
+    bodies = [f'{{"text": "?", "video_time": {video_time}}}' for video_time in times]
+    bodies += [
+        "",
+        "null",
+        "[" * 50_000,
+        '{"text": "\\ud800"}',
+        '{"text": 7}',
+        '{"text": "?", "more": 1}',
+        '{"text": " "}',
+    ]
+    for body in (*bodies, json.dumps({"text": "x" * 5000})):
+        answer = httpx.post(f"{address}/queries", content=body, headers={"content-type": "application/json"})
+        assert answer.status_code in (400, 422), body[:40]
+        assert set(answer.json()["error"]) == {"message", "type", "code", "param"}
+    for place in ("-1", "1.5", "\u00b2", "9" * 15, "9" * 5000, "a b"):
+        headers = {"Last-Event-ID": place.encode("latin-1")}
+        answer = httpx.get(f"{address}/events", headers=headers)  # type: ignore[arg-type]
+        assert (place[:10], answer.status_code) == (place[:10], 422)
+        assert answer.json()["error"]["code"] == "bad_position"
+    assert httpx.get(address).json()["status"] == "running"
+    assert httpx.delete(address).status_code == 200
+    until(url, stream_id, "ended")
+
+
 def test_unknown_streams_are_not_found(url: str) -> None:
     for method, path in (("GET", ""), ("DELETE", ""), ("GET", "/events"), ("POST", "/queries")):
         answer = httpx.request(
