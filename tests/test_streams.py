@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 from application import application, running
+from rtsp_server import camera
 from test_chat_completions import make_clip
 from test_url_guard import Server
 
@@ -236,6 +237,23 @@ def test_a_source_that_breaks_off_is_read_on_without_repeating(
     assert [event.video_time for _, event in told if isinstance(event, FrameDecided)] == [0, 0.5, 1, 1.5, 2, 2.5]
     assert "videollm_ingest_reconnects_total{" in metrics
     assert not troubles
+
+
+def test_a_camera_is_read_by_rtsp_and_again_when_it_hangs_up(tiny: dict[str, object], redis_url: str) -> None:
+    allowed = {"hosts": ["127.0.0.1:*"], "networks": ["127.0.0.0/8"], "schemes": ["rtsp"]}
+    with camera(frames=8) as (port, asked), application(tiny, redis_url, **allowed) as url:
+        made = start(url, f"rtsp://127.0.0.1:{port}/door", live=True, video={"fps": 5})
+        assert made.status_code == 201, made.text
+        stream_id = made.json()["id"]
+        deadline = time.monotonic() + DEADLINE_S
+        while asked.count("PLAY") < 2 or httpx.get(f"{url}/v1/streams/{stream_id}").json()["frames"]["decided"] < 6:
+            assert time.monotonic() < deadline, (asked, httpx.get(f"{url}/v1/streams/{stream_id}").json())
+            time.sleep(0.05)
+        assert httpx.delete(f"{url}/v1/streams/{stream_id}").status_code == 200
+        times = [event.video_time for _, event in events(url, stream_id) if isinstance(event, FrameDecided)]
+    assert times[0] == 0
+    assert times == sorted(set(times))
+    assert times[-1] > 0.8
 
 
 def test_a_source_that_stays_away_is_given_up(tiny: dict[str, object], redis_url: str) -> None:
