@@ -2,7 +2,8 @@
 
 Speaks to the endpoint alone (docs/api.md), so that it measures any server. A session asks a question every so
 often, which is the stated rate of speaking. Latency by stage, CPU and memory come from `/metrics`; what the
-client sees of every frame and question is measured here.
+client sees of every frame and question is measured here, from the moment at which it was due: a client that
+is held up, by its own machine or by a socket that takes nothing, must not make the server look faster.
 """
 
 from __future__ import annotations
@@ -57,7 +58,10 @@ class Load:
 
 @dataclass
 class Seen:
-    """What one client saw: seconds from frame to decision, from question to first text; frames sent and dropped."""
+    """What one client saw: seconds from frame to decision, from question to first text; frames sent and dropped.
+
+    `ended` once the server has said that all of it is done; `lost` says why the connection ended before.
+    """
 
     lags: list[float] = field(default_factory=list)
     first_tokens: list[float] = field(default_factory=list)
@@ -66,24 +70,30 @@ class Seen:
     decided: int = 0
     dropped: int = 0
     errors: int = 0
+    ended: bool = False
+    lost: str | None = None
 
 
 @dataclass(frozen=True)
 class Result:
-    """One number of sessions. `stages` has p50, p95 and p99 in seconds, upper bounds of the server's buckets."""
+    """One number of sessions. `stages` has p50, p95 and p99 in seconds, upper bounds of the server's buckets.
+
+    A share is None where there was nothing to measure. `lost` are the sessions that did not come to their end.
+    """
 
     sessions: int
     sent: int
     decided: int
     dropped: int
     errors: int
-    lag_s: dict[str, float]
-    first_token_s: dict[str, float]
-    frames_behind: dict[str, float]
+    lag_s: dict[str, float | None]
+    first_token_s: dict[str, float | None]
+    frames_behind: dict[str, float | None]
     stages: dict[str, dict[str, float]]
     cpu_per_session: float
     memory_mb_per_session: float
     keeps_up: bool
+    lost: tuple[str, ...] = ()
 
 
 @dataclass
@@ -110,14 +120,16 @@ class ServeReport:
             f"{'TTFT p50':>9} {'CPU/N':>6} {'MB/N':>7}",
         ]
         lines += [
-            f"{r.sessions:>4} {r.sent:>6} {r.decided:>8} {r.dropped:>8} {r.lag_s['p50']:>8.2f} {r.lag_s['p95']:>7.2f} "
-            f"{r.lag_s['p99']:>7.2f} {r.frames_behind['p99']:>7.0f} {r.first_token_s['p50']:>9.2f} "
+            f"{r.sessions:>4} {r.sent:>6} {r.decided:>8} {r.dropped:>8} {_told(r.lag_s['p50']):>8} "
+            f"{_told(r.lag_s['p95']):>7} {_told(r.lag_s['p99']):>7} {_told(r.frames_behind['p99'], 0):>7} "
+            f"{_told(r.first_token_s['p50']):>9} "
             f"{r.cpu_per_session:>6.2f} {r.memory_mb_per_session:>7.0f}"
             for r in self.results
         ]
         for result in self.results:
             told = "  ".join(f"{stage} {bounds['p99']:g}" for stage, bounds in result.stages.items())
             lines.append(f"p99 by stage, N = {result.sessions}: {told}")
+            lines += [f"lost, N = {result.sessions}: {reason}" for reason in result.lost]
         lines += [f"largest N with a p99 lag of less than a frame ({1 / load.fps:g} s): {self.largest}", *self.notes]
         return "\n".join(lines)
 
@@ -175,6 +187,7 @@ async def _measure(load: Load, sessions: int, url: str) -> Result:
     lags = [lag for each in seen for lag in each.lags]
     lag_s = _shares(lags)
     dropped = sum(each.dropped for each in seen)
+    lost = tuple(each.lost or "it was not over in time" for each in seen if not each.ended)
     return Result(
         sessions=sessions,
         sent=sum(each.sent for each in seen),
@@ -187,44 +200,57 @@ async def _measure(load: Load, sessions: int, url: str) -> Result:
         stages={stage: _bounds(gained, stage) for stage in STAGES},
         cpu_per_session=gained.get("videollm_process_cpu_seconds_total", 0.0) / took_s / sessions,
         memory_mb_per_session=after.get("videollm_process_resident_memory_bytes", 0.0) / 1e6 / sessions,
-        keeps_up=lag_s["p99"] < 1 / load.fps and not dropped,
+        keeps_up=lag_s["p99"] is not None and lag_s["p99"] < 1 / load.fps and not dropped and not lost,
+        lost=lost,
     )
 
 
 async def _session(load: Load, url: str, picture: bytes, offset: float) -> Seen:
     """One client: frames at their times whether the server keeps up or not; `offset` of a frame spreads clients."""
-    seen, sent_at, asked_at = Seen(), dict[float, float](), dict[str, float]()
-    async with websockets.connect(f"{url.replace('http', 'ws', 1)}/v1/realtime", max_size=None) as socket:
-        settings = {
-            "include": ["frame_decided"],
-            "max_output_tokens": load.tokens,
-            "video": {"fps": load.fps, "drop_policy": "latest"},
-        }
-        await socket.send(json.dumps({"type": "session.update", "session": settings}))
-        listening = asyncio.create_task(_listen(socket, seen, sent_at, asked_at))
+    seen = Seen()
+    try:
+        async with websockets.connect(f"{url.replace('http', 'ws', 1)}/v1/realtime", max_size=None) as socket:
+            await _play(load, socket, picture, offset, seen)
+    except* (OSError, TimeoutError, websockets.WebSocketException) as group:
+        error = group.exceptions[0]
+        seen.lost = f"{type(error).__name__}: {error}"
+    return seen
+
+
+async def _play(load: Load, socket: websockets.ClientConnection, picture: bytes, offset: float, seen: Seen) -> None:
+    """All frames and questions of one client, until the session has ended."""
+    due_at, asked_at = dict[float, float](), dict[str, float]()
+    settings = {
+        "include": ["frame_decided"],
+        "max_output_tokens": load.tokens,
+        "video": {"fps": load.fps, "drop_policy": "latest"},
+    }
+    await socket.send(json.dumps({"type": "session.update", "session": settings}))
+    async with asyncio.TaskGroup() as both:
+        listening = both.create_task(_listen(socket, seen, due_at, asked_at))
         start = time.monotonic() + offset / load.fps
         next_question = load.ask_every_s / 2
         for index in range(int(load.seconds * load.fps)):
             video_time = index / load.fps
-            await asyncio.sleep(start + video_time - time.monotonic())
+            due = start + video_time
+            await asyncio.sleep(due - time.monotonic())
             if video_time >= next_question:
                 next_question += load.ask_every_s
                 item_id = f"q{index}"
                 item = {"id": item_id, "content": [{"type": "input_text", "text": QUESTION}]}
-                asked_at[item_id] = time.monotonic()
+                asked_at[item_id] = due
                 await socket.send(json.dumps({"type": "conversation.item.create", "item": item}))
-            sent_at[video_time] = time.monotonic()
+            due_at[video_time] = due
             await socket.send(struct.pack(">Bd", 1, video_time) + picture)
             seen.sent += 1
-            seen.behind.append(len(sent_at))
+            seen.behind.append(len(due_at))
         await socket.send(json.dumps({"type": "input_video_buffer.end"}))
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(listening, DRAIN_S)
-    return seen
+        await asyncio.wait([listening], timeout=DRAIN_S)
+        listening.cancel()
 
 
 async def _listen(
-    socket: websockets.ClientConnection, seen: Seen, sent_at: dict[float, float], asked_at: dict[str, float]
+    socket: websockets.ClientConnection, seen: Seen, due_at: dict[float, float], asked_at: dict[str, float]
 ) -> None:
     answers: dict[str, str] = {}
     async for text in socket:
@@ -232,9 +258,9 @@ async def _listen(
         kind = event["type"]
         if kind == "frame_decided":
             # Frames that were dropped before this one will not be decided any more.
-            for video_time in [at for at in sent_at if at < event["video_time"]]:
-                del sent_at[video_time]
-            if (at := sent_at.pop(event["video_time"], None)) is not None:
+            for video_time in [at for at in due_at if at < event["video_time"]]:
+                del due_at[video_time]
+            if (at := due_at.pop(event["video_time"], None)) is not None:
                 seen.lags.append(now - at)
             seen.decided += 1
         elif kind == "response.created" and event["response"].get("item_id"):
@@ -245,7 +271,7 @@ async def _listen(
         elif kind == "error":
             seen.errors += 1
         elif kind == "session.ended":
-            seen.dropped = event["frames"]["dropped"]
+            seen.dropped, seen.ended = event["frames"]["dropped"], True
             return
 
 
@@ -272,13 +298,17 @@ def _bounds(gained: dict[str, float], stage: str) -> dict[str, float]:
     }
 
 
-def _shares(values: Sequence[float]) -> dict[str, float]:
-    """p50, p95 and p99; NaN without values."""
+def _shares(values: Sequence[float]) -> dict[str, float | None]:
+    """p50, p95 and p99; None without values."""
     ordered = sorted(values)
     return {
-        f"p{share * 100:g}": ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else math.nan
+        f"p{share * 100:g}": ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else None
         for share in SHARES
     }
+
+
+def _told(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _picture() -> bytes:

@@ -8,6 +8,7 @@ import time
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve.client_events import is_number
 from serve.errors import ApiError, error_response
 from serve.gateway import Gateway
 from serve.limits import LimitsConfig
@@ -64,7 +65,7 @@ class Body:
         headers = HTTPConnection(scope).headers
         announced = headers.get("content-length", "0")
         upload = headers.get("content-type", "").startswith(UPLOAD)
-        self.announced = int(announced) if announced.isdigit() else 0
+        self.announced = int(announced) if is_number(announced) else 0
         self.most = limits.upload_bytes if upload else limits.body_bytes
         self._receive = receive
         self._limits = limits

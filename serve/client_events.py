@@ -20,7 +20,7 @@ BINARY_VERSION = 1
 BINARY_HEADER = struct.Struct(">Bd")  # version, video time in seconds
 
 DropPolicy = Literal["latest", "block"]
-VideoTime = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+VideoTime = Annotated[float, Field(strict=True, ge=0, le=1e9, allow_inf_nan=False)]  # a number: not "1", not true
 
 
 class ClientError(ValueError):
@@ -218,6 +218,11 @@ def check_time(video_time: float) -> float:
     if not 0 <= video_time <= 1e9:
         raise ClientError("bad_time", f"video_time is {video_time}, expected seconds from 0 on", "video_time")
     return video_time
+
+
+def is_number(text: str) -> bool:
+    """Whether a header's or an address's text is a whole number of a size that occurs: `int` takes or fails at more."""
+    return text.isascii() and text.isdecimal() and len(text) < 16
 
 
 def picture_bytes(encoded: str, param: str) -> bytes:

@@ -21,6 +21,7 @@ from actors.tasks import end_all
 from serve.client_events import (
     ClientError,
     ConversationItemCreate,
+    InputImage,
     InputText,
     Item,
     ResponseCancel,
@@ -28,6 +29,7 @@ from serve.client_events import (
     SessionUpdate,
     VideoAppend,
     VideoEnd,
+    is_number,
     parse_binary,
     parse_text,
     picture_bytes,
@@ -210,14 +212,23 @@ class Connection:
                 conversation.finish()
 
     async def _take_item(self, item: Item) -> None:
-        """The questions and frames of one item, in order."""
+        """The questions and frames of one item, in order; of an item with a part that cannot be read nothing is taken.
+
+        Raises ClientError.
+        """
+        images = [picture_bytes(part.image_url, "image_url") for part in item.content if isinstance(part, InputImage)]
+        for image in images:
+            self._check_picture(image)
+        for part in item.content:
+            if isinstance(part, InputText):
+                self.gateway.check_question(part.text)
+        waiting = iter(images)
         for index, part in enumerate(item.content):
             if isinstance(part, InputText):
-                text = self.gateway.check_question(part.text)
                 item_id = f"{item.id}_{index}" if item.id and index else item.id
-                await self.conversation.ask(text, part.video_time, item_id)
+                await self.conversation.ask(part.text, part.video_time, item_id)
             else:
-                self._offer(part.video_time, picture_bytes(part.image_url, "image_url"))
+                self._offer(part.video_time, next(waiting))
 
     def _offer(self, video_time: float | None, image: bytes) -> None:
         """Look at a frame's rate and header before it may wait. Raises ClientError."""
@@ -225,11 +236,15 @@ class Connection:
         if not self._frames.take():
             self.conversation.refuse("rate")
             raise ClientError("rate_limited", f"more than {limits.frames_per_s:g} frames a second: some were dropped")
+        self._check_picture(image)
+        self.conversation.offer(video_time, image)
+
+    def _check_picture(self, image: bytes) -> None:
+        """Look at a picture's header. Raises ClientError."""
         try:
-            check_image(image, limits.frame_pixels)
+            check_image(image, self.gateway.limits.frame_pixels)
         except ValueError as error:
             raise ClientError("bad_frame", str(error), "image") from None
-        self.conversation.offer(video_time, image)
 
     async def _open(self) -> None:
         """The session's log begins with the first message, so that first settings are those it starts with."""
@@ -307,7 +322,7 @@ def _wanted(websocket: WebSocket) -> Resume | None:
         if after is not None:
             raise ClientError("bad_value", "after is given without session_id, expected both", "session_id")
         return None
-    if after is not None and not (after.lstrip("-").isdecimal() and after.isascii() and len(after) < 16):
+    if after is not None and not is_number(after.removeprefix("-")):
         raise ClientError("bad_value", f"after is {after!r:.60}, expected a log position", "after")
     return Resume(session_id, None if after is None else max(-1, int(after)))
 

@@ -2,7 +2,9 @@
 
 Starts the application with autoscaling, adds a session every few seconds up to `--sessions`, lets them
 end one by one, and waits until the replicas are gone again. Every session plays frames at `--fps` and has to
-get every decision. Writes a JSON file and a plot. Exit status 1 when a session was lost.
+get every decision. Serve takes away the newest replica first: where the oldest sessions end first, as by
+default, that one still holds some, which have to move. Writes a JSON file and a plot. Exit status 1 when a
+session was lost.
 """
 
 from __future__ import annotations
@@ -37,17 +39,22 @@ SETTLE_S = 60.0
 
 @dataclass(frozen=True)
 class Schedule:
-    """A session more every `step_s`, all of them together for `hold_s`, then one less every `step_s`."""
+    """A session more every `step_s`, all of them together for `hold_s`, then one less every `step_s`.
+
+    The one that came last leaves first, with `oldest_first` the one that came first.
+    """
 
     sessions: int
     step_s: float
     hold_s: float
     fps: float = 2.0
+    oldest_first: bool = False
 
     def span(self, number: int) -> tuple[float, float]:
         """When a session begins and ends, in seconds."""
         peak = self.sessions * self.step_s
-        return number * self.step_s, peak + self.hold_s + (self.sessions - number) * self.step_s
+        left = number + 1 if self.oldest_first else self.sessions - number
+        return number * self.step_s, peak + self.hold_s + left * self.step_s
 
 
 @dataclass
@@ -88,7 +95,10 @@ class Undecided:
 
 @dataclass
 class Sample:
-    """The state at a moment; `lag_s` is for how long the oldest undecided frame of all sessions waits."""
+    """The state at a moment; `lag_s` is for how long the oldest undecided frame of all sessions waits.
+
+    `moved` is how often a session has changed its LLM replica up to then, as far as the replicas have told.
+    """
 
     at: float
     sessions: int
@@ -96,6 +106,7 @@ class Sample:
     llms: int
     behind: int
     lag_s: float
+    moved: int = 0
 
 
 @dataclass
@@ -175,6 +186,7 @@ async def sample(url: str, report: Report, undecided: list[Undecided], started: 
             llms=len(stats["llms"]),
             behind=sum(map(len, live)),
             lag_s=round(max((frames.age_s for frames in live), default=0.0), 3),
+            moved=report.moved,
         )
     )
 
@@ -213,10 +225,16 @@ def draw(report: Report, path: Path) -> None:
         replicas.step(at, [getattr(one, role) for one in report.samples], style, where="post", label=name)
     replicas.set_ylabel("replicas")
     replicas.yaxis.get_major_locator().set_params(integer=True)
-    replicas.legend()
     lag.plot(at, [one.lag_s for one in report.samples])
     lag.set_ylabel("oldest undecided frame (s)")
     lag.set_xlabel("seconds")
+    moves = [
+        now.at for before, now in zip(report.samples, report.samples[1:], strict=False) if now.moved > before.moved
+    ]
+    for axis in (replicas, lag):
+        for index, moment in enumerate(moves):
+            axis.axvline(moment, color="tab:red", linestyle=":", label=None if index else "sessions moved")
+    replicas.legend()
     for axis in (load, replicas, lag):
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
@@ -234,6 +252,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--fps", type=float, default=2.0, help="frames per second of a session (default: 2)")
     parser.add_argument("--step-s", type=float, default=6.0)
     parser.add_argument("--hold-s", type=float, default=20.0)
+    parser.add_argument(
+        "--leaving", choices=["oldest", "newest"], default="oldest", help="which session ends first (default: oldest)"
+    )
     parser.add_argument("--save", type=Path, default=Path("benchmarks"), metavar="FOLDER")
     parser.add_argument("--machine", default="machine", metavar="NAME", help="name in the file's name")
     options = parser.parse_args(arguments)
@@ -243,7 +264,8 @@ def main(arguments: list[str] | None = None) -> int:
     bounds = ["serve.port=0", "serve.max_llms=3", "serve.max_encoders=2", "serve.scaling.downscale_delay_s=10"]
     config = load_config(options.config, [*bounds, *options.overrides])
     with running(config) as url:
-        schedule = Schedule(options.sessions, options.step_s, options.hold_s, options.fps)
+        oldest_first = options.leaving == "oldest"
+        schedule = Schedule(options.sessions, options.step_s, options.hold_s, options.fps, oldest_first)
         asyncio.run(interruptible(follow(url, schedule, report)))
     options.save.mkdir(parents=True, exist_ok=True)
     path = options.save / f"{date}-rising-load-{options.machine}"

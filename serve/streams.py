@@ -26,7 +26,7 @@ from actors.messages import End, Interrupt, Query
 from actors.messages import SessionEnded as SessionEndedEntry
 from actors.tasks import end_all
 from serve.access import Client, TheGateway
-from serve.client_events import ClientError, SessionPatch, VideoTime, check_time
+from serve.client_events import ClientError, SessionPatch, VideoTime, check_time, is_number
 from serve.conversation import Conversation, NoCapacity, suppress_gone
 from serve.errors import ApiError, described
 from serve.gateway import Gateway
@@ -292,7 +292,7 @@ async def stream_events(
     meta = await _meta(gateway, client, stream_id)
     after = meta.first_position - 1
     if last_event_id:
-        if not last_event_id.isdigit() or int(last_event_id) >= meta.position:
+        if not is_number(last_event_id) or int(last_event_id) >= meta.position:
             text = f"Last-Event-ID is {last_event_id!r:.40}, expected the id of an event, below {meta.position}"
             raise ClientError("bad_position", text, "Last-Event-ID")
         after = int(last_event_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import socket
@@ -179,6 +180,33 @@ def check_binaries(client: LiveClient, names: list[str]) -> None:
         assert (name, refused(client, data).error.code) == (name, code)
 
 
+def check_other_entrances(client: LiveClient) -> None:
+    """Pictures as base64 and as data URLs instead of in binary messages, with their times."""
+    pictures = {
+        name: data[9:] for name, (data, code) in BINARIES.items() if code == "bad_frame" and data[:1] == b"\x01"
+    }
+    assert {"bomb", "truncated header", "animated WebP", "PDF before a JPEG"} <= set(pictures)
+    for name, data in pictures.items():
+        for message in as_base64(91, data), as_data_url(91, data):
+            assert (name, refused(client, message).error.code) == (name, "bad_frame")
+    for video_time in (-1, 0, "soon", None, True, [1], 1e10, 10**400):
+        error = refused(client, as_base64(video_time, picture())).error
+        assert (video_time, error.code) == (video_time, "bad_time")
+        question = item(content=[{"type": "input_text", "text": "?", "video_time": video_time}])
+        if video_time not in (0, None):  # of a question: at once, and now
+            assert (video_time, refused(client, question).error.code) == (video_time, "bad_time")
+
+
+def as_base64(video_time: object, data: bytes) -> str:
+    image = base64.b64encode(data).decode()
+    return json.dumps({"type": "input_video_buffer.append", "video_time": video_time, "image": image})
+
+
+def as_data_url(video_time: object, data: bytes) -> str:
+    url = f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"
+    return item(content=[{"type": "input_image", "image_url": url, "video_time": video_time}])
+
+
 def check_pictures(client: LiveClient) -> None:
     client.ask("And these?", video_time=1000)
     decided = len(client.all(FrameDecided))
@@ -226,6 +254,13 @@ def test_all_texts_are_refused(app: Application, undisturbed: tuple[list[float],
 @pytest.mark.slow
 def test_all_binaries_are_refused(app: Application, undisturbed: tuple[list[float], list[str]]) -> None:
     beside(app, undisturbed, lambda client: check_binaries(client, list(BINARIES)))
+
+
+@pytest.mark.slow
+def test_pictures_and_times_are_refused_by_every_entrance(
+    app: Application, undisturbed: tuple[list[float], list[str]]
+) -> None:
+    beside(app, undisturbed, check_other_entrances)
 
 
 @pytest.mark.slow

@@ -239,6 +239,14 @@ def test_a_body_that_drips_is_given_up(url: str) -> None:
     assert b" 408 " in answer.split(b"\r\n")[0]
 
 
+@pytest.mark.parametrize("video_time", [-1, "NaN", "Infinity", "soon", True, 1e10])
+def test_times_that_are_none_are_refused(url: str, clip: bytes, video_time: object) -> None:
+    part = {"type": "text", "text": "?", "video_time": video_time}
+    refused(post(url, messages=user(shown(clip), part)), "bad_value", "bad_time")
+    form = {"question": "?", "question_time": str(video_time)}
+    refused(httpx.post(f"{url}/v1/videos", files={"video": ("a.mp4", clip)}, data=form), "bad_value", "bad_time")
+
+
 @pytest.mark.parametrize(
     "stream_id", ["..%2f..%2fetc", "a" * 2000, "%00", "sess_x%0d%0aX: 1", "{replicas}:reports", "%F0%9F%90%87"]
 )

@@ -1,11 +1,18 @@
-"""Rates, on a clock that the test moves."""
+"""Rates, on a clock that the test moves; what a client hears that is over a limit."""
 
 from __future__ import annotations
 
+import base64
+
+import httpx
 import pytest
+from application import application, running
+from live_client import live, picture
 from pydantic import ValidationError
 
+from serve.conversation import Conversation
 from serve.limits import LimitsConfig, TokenBucket
+from serve.server_events import ErrorEvent, SessionCreated, SessionUpdated
 
 
 def test_a_bucket_lets_a_burst_through_and_then_its_rate() -> None:
@@ -22,3 +29,73 @@ def test_a_bucket_lets_a_burst_through_and_then_its_rate() -> None:
 def test_a_message_limit_above_what_serve_lets_through_is_refused() -> None:
     with pytest.raises(ValidationError):
         LimitsConfig(message_bytes=17 << 20)
+
+
+@pytest.mark.parametrize(("limit", "code"), [("idle_s", "idle_timeout"), ("total_s", "session_too_long")])
+def test_a_session_that_is_idle_or_too_old_is_closed_as_a_matter_of_policy(
+    tiny: dict[str, object], redis_url: str, limit: str, code: str
+) -> None:
+    with application(tiny, redis_url, workers=False, **{limit: 0.1}) as url, live(url) as client:
+        client.configure()
+        assert client.closed() == (1008, code)
+
+
+def test_sessions_of_a_key_and_of_all_are_refused_before_they_begin(tiny: dict[str, object], redis_url: str) -> None:
+    part = {"type": "image_url", "image_url": {"url": "data:image/jpeg;base64," + base64.b64encode(picture()).decode()}}
+    body = {"model": "videollm-online", "messages": [{"role": "user", "content": [part]}]}
+    limits = {"sessions_per_key": 1, "sessions": 2}
+    with running(tiny, redis_url, ["a", "b", "c"], workers=False, **limits) as app:
+
+        def refused(key: str) -> str:
+            """The code, which has to be the same on the WebSocket and over HTTP."""
+            authorization = {"Authorization": f"Bearer {key}"}
+            with live(app.url, **authorization) as client:
+                status, code = client.closed()
+            answer = httpx.post(f"{app.url}/v1/chat/completions", json=body, headers=authorization)
+            assert (status, answer.status_code, answer.headers["retry-after"]) == (1013, 429, "5")
+            assert answer.json()["error"]["code"] == code
+            return code
+
+        with live(app.url, Authorization="Bearer a") as first, live(app.url, Authorization="Bearer b") as second:
+            first.until(SessionCreated)
+            second.until(SessionCreated)
+            assert refused("a") == "too_many_sessions"
+            assert refused("c") == "sessions_full"
+            first.configure()
+            first.until(SessionUpdated)
+
+
+def test_connections_beyond_what_a_gateway_takes_are_refused(tiny: dict[str, object], redis_url: str) -> None:
+    with application(tiny, redis_url, workers=False, connections=1) as url, live(url) as first:
+        first.until(SessionCreated)
+        with live(url) as second:
+            assert second.closed() == (1013, "sessions_full")
+
+
+def test_questions_beyond_those_that_may_wait_are_refused_and_the_session_goes_on(
+    tiny: dict[str, object], redis_url: str
+) -> None:
+    with application(tiny, redis_url, workers=False, max_pending_inputs=2) as url, live(url) as client:
+        for question in "abc":
+            client.ask(question)
+        error = client.until(ErrorEvent).error
+        client.say({"type": "session.update", "session": {"include": ["frame_decided"]}})
+        client.until(SessionUpdated)
+    assert (error.code, error.type) == ("too_many_inputs", "rate_limit_error")
+
+
+def test_a_failure_of_the_server_closes_one_connection_and_says_so(
+    tiny: dict[str, object], redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    with application(tiny, redis_url, workers=False) as url, live(url) as other:
+        other.configure()
+        other.until(SessionUpdated)
+        with monkeypatch.context() as patch, live(url) as client:
+            patch.setattr(Conversation, "offer", broken)
+            client.frame(0)
+            assert client.closed() == (1011, "internal")
+        other.configure()
+        other.until(SessionUpdated)

@@ -131,6 +131,23 @@ def test_bad_messages_are_answered_and_the_session_goes_on(url: str) -> None:
     assert client.decided() == [(0, 5), (1, 6)]
 
 
+@pytest.mark.parametrize(
+    "bad",
+    [{"type": "input_image", "image_url": "data:image/png;base64,AAAA"}, {"type": "input_text", "text": "x" * 5000}],
+)
+def test_of_an_item_with_a_bad_part_nothing_is_taken(url: str, bad: dict[str, object]) -> None:
+    image = f"data:image/jpeg;base64,{base64.b64encode(picture()).decode()}"
+    good = [{"type": "input_text", "text": "What is there?"}, {"type": "input_image", "image_url": image}]
+    with live(url) as client:
+        client.configure(video={"drop_policy": "block"})
+        client.say({"type": "conversation.item.create", "item": {"content": [*good, bad]}})
+        client.until(ErrorEvent)
+        client.frame(1)
+        client.end()
+    assert client.decided() == [(0, 1)]
+    assert not client.all(ItemAdded)
+
+
 def test_a_damaged_picture_is_skipped_in_its_place(url: str) -> None:
     with live(url) as client:
         client.configure(video={"drop_policy": "block"})

@@ -9,12 +9,24 @@ from pathlib import Path
 import pytest
 from application import application
 
-from serve.rising_load import Report, Schedule, Undecided, draw, follow
+from serve.rising_load import Report, Schedule, Undecided, Viewer, draw, follow
 
 
 def test_sessions_come_one_by_one_and_leave_one_by_one() -> None:
     schedule = Schedule(sessions=3, step_s=2, hold_s=10)
     assert [schedule.span(number) for number in range(3)] == [(0, 22), (2, 20), (4, 18)]
+
+
+def test_those_that_came_first_may_leave_first() -> None:
+    schedule = Schedule(sessions=3, step_s=2, hold_s=10, oldest_first=True)
+    assert [schedule.span(number) for number in range(3)] == [(0, 18), (2, 20), (4, 22)]
+
+
+def test_a_session_that_is_taken_a_second_time_has_moved() -> None:
+    report = Report(viewers=[Viewer(), Viewer()], claims={"a": 2})
+    assert report.moved == 0
+    report.claims["b"] = 1
+    assert report.moved == 1
 
 
 def test_a_decision_settles_the_frames_before_it() -> None:
@@ -40,6 +52,7 @@ async def test_every_frame_of_every_session_is_accounted_for_and_drawn(
     last = report.samples[-1]
     assert (last.sessions, last.behind, last.llms, last.encoders) == (0, 0, 1, 1)
     assert (sum(report.claims.values()), report.moved) == (2, 0)
+    report.samples[-1].moved = 1  # as if: it is drawn, too
     draw(report, tmp_path / "load.png")
     assert (tmp_path / "load.png").stat().st_size > 0
     assert json.loads(json.dumps(asdict(report)))["schedule"]["fps"] == 8

@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 from application import application, running
+from rtsp_server import camera
 from test_chat_completions import make_clip
 from test_url_guard import Server
 
@@ -149,6 +150,34 @@ def test_sources_that_are_not_listed_are_refused(url: str, videos: Path) -> None
         assert answer.json()["error"]["code"] == "url_refused"
 
 
+def test_hostile_questions_and_places_are_refused_and_the_stream_goes_on(url: str, videos: Path) -> None:
+    stream_id = start(url, videos / "long.mp4", live=True).json()["id"]
+    address = f"{url}/v1/streams/{stream_id}"
+    times = ("-1", "NaN", "1e999", '"soon"', "true", "1e10", "[1]")
+    bodies = [f'{{"text": "?", "video_time": {video_time}}}' for video_time in times]
+    bodies += [
+        "",
+        "null",
+        "[" * 50_000,
+        '{"text": "\\ud800"}',
+        '{"text": 7}',
+        '{"text": "?", "more": 1}',
+        '{"text": " "}',
+    ]
+    for body in (*bodies, json.dumps({"text": "x" * 5000})):
+        answer = httpx.post(f"{address}/queries", content=body, headers={"content-type": "application/json"})
+        assert answer.status_code in (400, 422), body[:40]
+        assert set(answer.json()["error"]) == {"message", "type", "code", "param"}
+    for place in ("-1", "1.5", "\u00b2", "9" * 15, "9" * 5000, "a b"):
+        headers = {"Last-Event-ID": place.encode("latin-1")}
+        answer = httpx.get(f"{address}/events", headers=headers)  # type: ignore[arg-type]
+        assert (place[:10], answer.status_code) == (place[:10], 422)
+        assert answer.json()["error"]["code"] == "bad_position"
+    assert httpx.get(address).json()["status"] == "running"
+    assert httpx.delete(address).status_code == 200
+    until(url, stream_id, "ended")
+
+
 def test_unknown_streams_are_not_found(url: str) -> None:
     for method, path in (("GET", ""), ("DELETE", ""), ("GET", "/events"), ("POST", "/queries")):
         answer = httpx.request(
@@ -208,6 +237,23 @@ def test_a_source_that_breaks_off_is_read_on_without_repeating(
     assert [event.video_time for _, event in told if isinstance(event, FrameDecided)] == [0, 0.5, 1, 1.5, 2, 2.5]
     assert "videollm_ingest_reconnects_total{" in metrics
     assert not troubles
+
+
+def test_a_camera_is_read_by_rtsp_and_again_when_it_hangs_up(tiny: dict[str, object], redis_url: str) -> None:
+    allowed = {"hosts": ["127.0.0.1:*"], "networks": ["127.0.0.0/8"], "schemes": ["rtsp"]}
+    with camera(frames=8) as (port, asked), application(tiny, redis_url, **allowed) as url:
+        made = start(url, f"rtsp://127.0.0.1:{port}/door", live=True, video={"fps": 5})
+        assert made.status_code == 201, made.text
+        stream_id = made.json()["id"]
+        deadline = time.monotonic() + DEADLINE_S
+        while asked.count("PLAY") < 2 or httpx.get(f"{url}/v1/streams/{stream_id}").json()["frames"]["decided"] < 6:
+            assert time.monotonic() < deadline, (asked, httpx.get(f"{url}/v1/streams/{stream_id}").json())
+            time.sleep(0.05)
+        assert httpx.delete(f"{url}/v1/streams/{stream_id}").status_code == 200
+        times = [event.video_time for _, event in events(url, stream_id) if isinstance(event, FrameDecided)]
+    assert times[0] == 0
+    assert times == sorted(set(times))
+    assert times[-1] > 0.8
 
 
 def test_a_source_that_stays_away_is_given_up(tiny: dict[str, object], redis_url: str) -> None:
