@@ -51,7 +51,7 @@ def test_the_pipeline_of_the_default_model_in_miniature(tmp_path: Path) -> None:
         "model.checkpoint=runs/default/connector",
         *made,
         "training.name=small",
-        "training.batch_size=4",
+        "training.batch_size=2",
         "training.max_steps=6",
     )
     trained = tmp_path / "runs" / "default" / "runs" / "small"
@@ -68,7 +68,8 @@ def test_the_pipeline_of_the_default_model_in_miniature(tmp_path: Path) -> None:
         *made,
         "evaluation.calibrate=true",
         "evaluation.thresholds=[0.5,0.9]",
-        "evaluation.max_dialogues=4",
+        "evaluation.max_dialogues=3",
+        "session.max_response_tokens=4",
     )
     assert json.loads((shipped / "calibration.json").read_text())["threshold"] in (0.5, 0.9)
     job(
