@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -36,6 +36,7 @@ from actors.session import SessionError
 from actors.turns import DialogueError
 from actors.weights import WeightsError
 from jobs.annotations import AnnotationError, AnnotationsConfig, video_id
+from jobs.coin import KINDS
 from jobs.dataset import DatasetError
 from jobs.dialogue_files import DialogueFileError, read_dialogues
 from jobs.dialogues import DataConfig, Dialogue
@@ -54,6 +55,8 @@ from jobs.offline_benchmarks import (
     SUBMISSION,
     Answered,
     BenchmarkError,
+    categories_of,
+    check,
     grade,
     is_offline,
     write_submission,
@@ -68,6 +71,7 @@ from jobs.timing_metrics import Window
 logger = logging.getLogger(__name__)
 
 FINISHED = "finished.jsonl"
+LTA_FORMATS = ("lta", "lta_test")
 
 
 class EvaluationConfig(Section):
@@ -113,7 +117,10 @@ def run_evaluation(config: Config) -> Path:
         raise ConfigError(f"{folder} holds something else than an evaluation: choose another evaluation.folder")
     online = read_all(settings.streamingbench, settings.ovobench)
     wanted = settings.dialogues is not None or not online
-    dialogues = _chosen(read_dialogues(source), settings.max_dialogues) if wanted else []
+    everything = read_dialogues(source) if wanted else []
+    categories = categories_of(everything, _annotations(config, KINDS))
+    dialogues = _chosen(everything, settings.max_dialogues)
+    check(dialogues, _annotations(config, LTA_FORMATS))
     with Finished(folder / FINISHED) as finished:
         pool = graders(config, settings.workers)
         identity = pool.identity()
@@ -121,7 +128,7 @@ def run_evaluation(config: Config) -> Path:
         refuse_seen([*dialogues, *(stream.dialogue for stream in probed)], identity, settings.allow_seen)
         dialogues = [dialogues[index] for index in pool.there(dialogues)] if dialogues else []
         evaluation = Evaluation(pool, finished, config, identity, settings.at_once)
-        result = _grade(config, settings, identity, evaluation, dialogues, source)
+        result = _grade(config, settings, identity, evaluation, dialogues, source, categories)
         result = replace(result, online=_online(config, evaluation, probed, result.threshold))
     _write(folder, result)
     print((folder / "report.md").read_text())
@@ -146,6 +153,7 @@ def _grade(
     evaluation: Evaluation,
     dialogues: Sequence[Dialogue],
     source: str,
+    categories: Mapping[str, Collection[str]],
 ) -> Report:
     session = config.section("session", SessionSettings).with_threshold_of(identity.threshold)
     window = Window(settings.before_s, settings.after_s)
@@ -160,6 +168,11 @@ def _grade(
     sweep = Sweep(played, play)
     curve = sweep.curve(settings.thresholds, window) if streamed else []
     threshold, chosen_from = session.threshold, identity.calibrated_on
+    if settings.calibrate and not streamed:
+        raise EvaluationError(
+            f"evaluation.calibrate chooses the threshold at which streams are best, but {source} has no stream: "
+            "give evaluation.dialogues some, or leave evaluation.calibrate out"
+        )
     if settings.calibrate:
         threshold, chosen_from = best(curve).threshold, "these dialogues"
         _calibrate(config, settings, identity, streamed, best(curve), source)
@@ -186,9 +199,9 @@ def _grade(
         groups=groups_of(streams, window, settings.interval_s),
         events=grade_events(streams),
         curve=curve,
-        offline=_offline(config, answered),
+        offline=_offline(config, answered, categories),
         answered=answered,
-        annotations=_lta_annotations(config),
+        annotations=_annotations(config, LTA_FORMATS),
     )
 
 
@@ -258,17 +271,22 @@ def _answers(evaluation: Evaluation, dialogues: Sequence[Dialogue], settings: Ev
     return answered
 
 
-def _offline(config: Config, answered: Sequence[Answered]) -> dict[str, Offline]:
+def _offline(
+    config: Config, answered: Sequence[Answered], categories: Mapping[str, Collection[str]]
+) -> dict[str, Offline]:
     graded = {}
     for task in sorted({one.dialogue.task for one in answered}):
         ones = [one for one in answered if one.dialogue.task == task]
-        graded[task] = Offline(len(ones), grade(task, ones, _lta_annotations(config)))
+        names = categories.get(task, ())
+        values = grade(task, ones, _annotations(config, LTA_FORMATS), names)
+        graded[task] = Offline(len(ones), values, len(names))
     return graded
 
 
-def _lta_annotations(config: Config) -> Path | None:
+def _annotations(config: Config, formats: Collection[str]) -> Path | None:
+    """The folder of the first dataset that has one of these formats."""
     datasets = config.section("annotations", AnnotationsConfig).datasets
-    paths = [dataset.path for dataset in datasets.values() if dataset.format in ("lta", "lta_test")]
+    paths = [dataset.path for dataset in datasets.values() if dataset.format in formats]
     return Path(paths[0]) if paths else None
 
 
@@ -329,7 +347,6 @@ def _write(folder: Path, result: Report) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    given = sys.argv[1:] if arguments is None else arguments
     return run(
         run_evaluation,
         module="jobs.evaluate",
@@ -358,7 +375,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             StoreError,
             WeightsError,
         ),
-        argv=["evaluation.allow_seen=true" if word == "--allow-seen" else word for word in given],
+        argv=arguments,
+        flags={"--allow-seen": "evaluation.allow_seen=true"},
     )
 
 

@@ -34,10 +34,11 @@ EXAMPLES, EXAMPLE_LINES, EXAMPLE_CHARACTERS = 4, 12, 90
 
 @dataclass(frozen=True)
 class Offline:
-    """A task of the offline benchmarks: its dialogues and numbers."""
+    """A task of the offline benchmarks: its dialogues, numbers, and of COIN how many names an answer could have."""
 
     num_dialogues: int
     values: Values
+    num_categories: int = 0
 
 
 @dataclass(frozen=True)
@@ -149,15 +150,16 @@ def _machine() -> str:
 
 
 def _offline(result: Report) -> Iterator[str]:
-    yield from ("## Answers about recorded videos", "", "| task | dialogues | numbers |", "|---|---|---|")
+    yield from ("## Answers about recorded videos", "", "| task | dialogues | names | numbers |", "|---|---|---|---|")
     for task, offline in result.offline.items():
         numbers = ", ".join(f"{name} {_number(value)}" for name, value in offline.values.items())
-        yield f"| {task} | {offline.num_dialogues} | {numbers or 'no answers are known'} |"
+        names = str(offline.num_categories or "-")
+        yield f"| {task} | {offline.num_dialogues} | {names} | {numbers or 'no answers are known'} |"
     yield from (
         "",
-        "COIN: top-1 accuracy in percent, the nearest label counts; `corrected_accuracy` asks for every line of a "
-        "procedure, as published one right line of five is 100 %. Ego4D LTA: 0 is right; `aued` is the area under the "
-        "edit distances at 1 to 20 actions, `ed` the distance at 20, of the best of five beams.",
+        "COIN: top-1 accuracy in percent, an answer counts as the nearest of so many names; `corrected_accuracy` asks "
+        "for every line of a procedure, as published one right line of five is 100 %. Ego4D LTA: 0 is right; `aued` is "
+        "the area under the edit distances at 1 to 20 actions, `ed` the distance at 20, of the best of five beams.",
         "",
     )
 

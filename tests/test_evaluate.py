@@ -237,9 +237,10 @@ def benchmarks(datasets: Path, ego4d: Path, store: FrameStore, tmp_path: Path) -
 
 @pytest.mark.usefixtures("no_pictures")
 def test_the_offline_benchmarks_are_answered_and_graded(
-    evaluate: Callable[..., int], benchmarks: list[Dialogue], ego4d: Path, tmp_path: Path
+    evaluate: Callable[..., int], benchmarks: list[Dialogue], datasets: Path, ego4d: Path, tmp_path: Path
 ) -> None:
     formats = {name: {"format": name, "path": str(ego4d), "videos": str(ego4d)} for name in ("lta", "lta_test")}
+    formats["coin"] = {"format": "coin_step", "path": str(datasets / "coin"), "videos": str(datasets)}
     assert evaluate(f"annotations.datasets={json.dumps(formats)}") == 0
     values = metrics(tmp_path)
     assert values["streams"] == {}
@@ -247,6 +248,8 @@ def test_the_offline_benchmarks_are_answered_and_graded(
         assert 0 <= values["offline"][task]["values"]["accuracy"] <= 100
     for task in ("coin_procedure", "coin_taskprocedure"):
         assert values["offline"][task]["values"].keys() == {"accuracy", "corrected_accuracy"}
+    names = [values["offline"][task]["num_categories"] for task in ("coin_step", "coin_next", "coin_task", "lta")]
+    assert names == [12, 12, 4, 0]
     assert values["offline"]["lta"]["num_dialogues"] == 2
     assert values["offline"]["lta"]["values"].keys() == {"verb_aued", "noun_aued", "verb_ed", "noun_ed", "action_ed"}
     rows = {row["dialogue_id"]: row for row in predictions(tmp_path)}
@@ -287,6 +290,15 @@ def test_lta_without_its_annotations_says_what_is_missing(
     write_dialogues(tmp_path, [dialogue for dialogue in benchmarks if dialogue.task == "lta"][:1])
     assert evaluate() == 1
     assert "name the dataset in annotations.datasets" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_threshold_cannot_be_chosen_without_a_stream(
+    evaluate: Callable[..., int], benchmarks: list[Dialogue], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_dialogues(tmp_path, [dialogue for dialogue in benchmarks if dialogue.task == "coin_step"][:1])
+    assert evaluate("evaluation.calibrate=true") == 1
+    assert f"but {tmp_path}/dialogues.jsonl has no stream" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
