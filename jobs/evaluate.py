@@ -191,6 +191,7 @@ def _grade(
         num_dialogues=len(dialogues),
         num_videos=len({dialogue.video_id for dialogue in dialogues}),
         seen_videos=sorted({dialogue.video_id for dialogue in dialogues} & set(identity.trained_videos)),
+        num_trained=None if config.model.checkpoint is None else len(identity.trained_videos),
         fps=identity.fps,
         threshold=threshold,
         chosen_from=chosen_from,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -12,6 +11,7 @@ import torch
 
 from jobs.annotations import Moment
 from jobs.graded_events import GradedEvents
+from jobs.machine import cpu_name
 from jobs.offline_benchmarks import Answered, Values
 from jobs.published_results import PUBLISHED, Published
 from jobs.stream_groups import ALL, GradedStream, Group
@@ -45,9 +45,10 @@ class Offline:
 class Report:
     """Everything an evaluation says.
 
-    `seen_videos` are those the checkpoint was trained on, `chosen_from` is what the threshold was chosen on
-    (None where it was not). `groups` has all streams first, then each task; `events` is None where no video
-    has any beside it; `annotations` is the folder of Ego4D LTA's, where it was named.
+    `seen_videos` are those the checkpoint was trained on, of the `num_trained` it names (None without a
+    checkpoint); `chosen_from` is what the threshold was chosen on (None where it was not). `groups` has all
+    streams first, then each task; `events` is None where no video has any beside it; `annotations` is the
+    folder of Ego4D LTA's, where it was named.
     """
 
     model: str
@@ -56,6 +57,7 @@ class Report:
     num_dialogues: int
     num_videos: int
     seen_videos: list[str]
+    num_trained: int | None
     fps: float
     threshold: float
     chosen_from: str | None
@@ -139,14 +141,17 @@ def _head(result: Report) -> Iterator[str]:
         chosen = f"chosen from {result.chosen_from}" if result.chosen_from else "not chosen from data"
         yield ""
         yield f"Threshold {result.threshold:g}, {chosen}."
+    if result.num_trained == 0:
+        yield ""
+        yield "The checkpoint names no video that it was trained on: whether these were among them is not known."
     if result.seen_videos:
         yield ""
         yield f"**Trained on {len(result.seen_videos)} of these videos: no measure of new ones.**"
 
 
 def _machine() -> str:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-    return f"{device}, torch {torch.__version__}"
+    device = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+    return f"{device}{cpu_name()}, torch {torch.__version__}"
 
 
 def _offline(result: Report) -> Iterator[str]:

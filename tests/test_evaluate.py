@@ -22,6 +22,7 @@ from jobs.evaluate import main
 from jobs.frame_store import FrameStore
 from jobs.grader import Grader
 from jobs.lta import read_examples, read_lta, read_lta_test
+from jobs.machine import cpu_name
 from jobs.public import READERS
 from jobs.stream_groups import ALL
 
@@ -118,6 +119,8 @@ def test_a_checkpoint_gets_its_numbers_beside_those_of_the_controls(
     assert page in capsys.readouterr().out
     assert "| **model** |" in page
     assert "Trained on" not in page
+    assert "names no video" not in page
+    assert f"{cpu_name()}, torch" in page
     assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == PICTURES
     assert all(f"]({name})" in page for name in PICTURES)
 
@@ -196,6 +199,16 @@ def test_videos_of_the_training_are_refused_unless_allowed(
         writer.commit()
     assert evaluate("--allow-seen") == 0
     assert "**Trained on 1 of these videos: no measure of new ones.**" in (tmp_path / "out" / "report.md").read_text()
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_checkpoint_that_names_no_videos_is_graded_and_the_report_says_so(
+    evaluate: Callable[..., int], trained: Path, tmp_path: Path
+) -> None:
+    settings = json.loads((trained / "settings.json").read_text())
+    (trained / "settings.json").write_text(json.dumps(settings | {"trained_videos": []}))
+    assert evaluate("evaluation.thresholds=[]") == 0
+    assert "names no video that it was trained on" in (tmp_path / "out" / "report.md").read_text()
 
 
 @pytest.mark.usefixtures("no_pictures")
