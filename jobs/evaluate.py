@@ -48,7 +48,7 @@ from jobs.event_metrics import EventsError
 from jobs.finished import Finished, FinishedError, key_of
 from jobs.frame_store import FrameStore, StoreError
 from jobs.graded_events import grade_events
-from jobs.grader import Heard, Identity
+from jobs.grader import Deciding, Heard, Identity
 from jobs.grader_pool import graders
 from jobs.offline_benchmarks import (
     GENERATION,
@@ -179,7 +179,7 @@ def _grade(
     elif "threshold" in config.section("session", SessionSettings).model_fields_set:
         chosen_from = None
     heard, _ = sweep.at(threshold)
-    decided = evaluation.decided(streamed, threshold)
+    decided = evaluation.decided(streamed, Deciding(threshold=threshold, decide_by=session.decide_by))
     streams = [
         GradedStream(stream, one, decisions) for stream, one, decisions in zip(played, heard, decided, strict=True)
     ]

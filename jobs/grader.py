@@ -10,13 +10,14 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from actors.backends import build_engine, load_model
 from actors.checkpoint import Loaded
-from actors.config import Config
+from actors.config import Config, Section
 from actors.engine import Engine, EngineConfig
 from actors.messages import SessionSettings
 from actors.runtime import limit_threads
@@ -45,6 +46,17 @@ class Identity:
     trained_videos: list[str] = field(repr=False)
     threshold: float | None
     calibrated_on: str | None
+
+
+class Deciding(Section):
+    """How a session turns what the model thinks of a frame into a decision."""
+
+    threshold: float
+    decide_by: Literal["argmax", "threshold"]
+
+    def by_argmax(self, mode: Mode) -> bool:
+        """Published numbers always count so; `strict` ones tell what would be served."""
+        return mode == "paper" or self.decide_by == "argmax"
 
 
 @dataclass(frozen=True)
@@ -115,11 +127,11 @@ class Grader:
         kept = {id(dialogue) for dialogue in TrainingSet(dialogues, self.store, self.loaded.template).dialogues}
         return [index for index, dialogue in enumerate(dialogues) if id(dialogue) in kept]
 
-    def decide(self, dialogues: Sequence[Dialogue], threshold: float) -> list[Decided]:
+    def decide(self, dialogues: Sequence[Dialogue], deciding: Deciding) -> list[Decided]:
         """Teacher-forced: the graded replies of each dialogue."""
         self._load()
         with self._plain_attention():
-            return [self._decide(dialogue, threshold) for dialogue in dialogues]
+            return [self._decide(dialogue, deciding) for dialogue in dialogues]
 
     def play(self, dialogues: Sequence[Dialogue], settings: SessionSettings) -> list[Heard]:
         """Self-conditioned: each dialogue's stream through the session and the engine that serve, all at once."""
@@ -154,10 +166,13 @@ class Grader:
             self.loaded = self._loaded = loaded
         return self._loaded
 
-    def _decide(self, dialogue: Dialogue, threshold: float) -> Decided:
+    def _decide(self, dialogue: Dialogue, deciding: Deciding) -> Decided:
         template, tokens = self.loaded.template, self._frames(dialogue)
         rendered, forward = template.render(dialogue.conversation), _Remembering(forward_of(self.loaded.model))
-        replies = {mode: evaluate(forward, template, rendered, tokens, threshold, mode) for mode in MODES}
+        replies = {
+            mode: evaluate(forward, template, rendered, tokens, deciding.threshold, mode, deciding.by_argmax(mode))
+            for mode in MODES
+        }
         return Decided(replies, frame_changes(tokens))
 
     def _frames(self, dialogue: Dialogue) -> Tensor:
