@@ -4,7 +4,8 @@ Dialogues come from `evaluation.dialogues`, their frames from the store `store.f
 the four streaming metrics of the paper are computed in both modes (docs/metrics.md). Self-conditioned,
 the frames and the user's turns of each dialogue go through the session and the engine that serve, and
 what the model says of its own accord is graded beside controls, at the session's threshold and over
-many. `evaluation.streamingbench` and `evaluation.ovobench` ask the questions of those two in streams.
+many; with `evaluation.live=true` also at the pace of a stream that goes on while the model computes.
+`evaluation.streamingbench` and `evaluation.ovobench` ask the questions of those two in streams.
 Dialogues of the offline benchmarks (COIN, Ego4D LTA) are answered and graded against their names.
 
 With `evaluation.calibrate=true` the best of the thresholds is stored in the checkpoint: it is then what
@@ -33,6 +34,7 @@ from actors.engine import EngineConfig
 from actors.messages import SessionSettings
 from actors.parts import CheckpointError
 from actors.session import SessionError
+from actors.session_log import BusConfig
 from actors.turns import DialogueError
 from actors.weights import WeightsError
 from jobs.annotations import AnnotationError, AnnotationsConfig, video_id
@@ -48,7 +50,7 @@ from jobs.event_metrics import EventsError
 from jobs.finished import Finished, FinishedError, key_of
 from jobs.frame_store import FrameStore, StoreError
 from jobs.graded_events import grade_events
-from jobs.grader import Deciding, Heard, Identity
+from jobs.grader import Deciding, Heard, Identity, Live, Pace
 from jobs.grader_pool import graders
 from jobs.offline_benchmarks import (
     GENERATION,
@@ -96,6 +98,7 @@ class EvaluationConfig(Section):
     thresholds: tuple[float, ...] = Field(
         default=THRESHOLDS, description="tried for the curve of precision and recall; [] tries none"
     )
+    live: bool = Field(default=False, description="also grade streams that go on while the model computes")
     calibrate: bool = Field(default=False, description="store the best of these thresholds in the checkpoint")
     streamingbench: tuple[str, ...] = Field(default=(), description="files questions_*.json of StreamingBench")
     ovobench: str | None = Field(default=None, description="the file ovo_bench_new.json of OVO-Bench")
@@ -180,9 +183,11 @@ def _grade(
         chosen_from = None
     heard, _ = sweep.at(threshold)
     decided = evaluation.decided(streamed, Deciding(threshold=threshold, decide_by=session.decide_by))
-    streams = [
-        GradedStream(stream, one, decisions) for stream, one, decisions in zip(played, heard, decided, strict=True)
-    ]
+    live: list[Live | None] = [None] * len(streamed)
+    if settings.live:
+        at = session.model_copy(update={"threshold": threshold})
+        live = [*evaluation.live(streamed, Pace(settings=at, credits=config.section("bus", BusConfig).credits))]
+    streams = [GradedStream(*parts) for parts in zip(played, heard, decided, live, strict=True)]
     answered = _answers(evaluation, [dialogue for dialogue in dialogues if is_offline(dialogue)], settings)
     return Report(
         model=config.model.checkpoint or f"{config.model.llm} without training",
@@ -313,15 +318,16 @@ def _check(config: Config, settings: EvaluationConfig) -> None:
 
 
 def _write(folder: Path, result: Report) -> None:
-    rows = []
+    rows: list[dict[str, object]] = []
     for stream in result.streams:
-        row = {
+        row: dict[str, object] = {
             "dialogue_id": stream.played.dialogue.dialogue_id,
             "task": stream.played.dialogue.task,
             "video_id": stream.played.dialogue.video_id,
             "labels": [{"time": label.time, "text": label.text} for label in stream.played.labels],
             "said": [asdict(turn) for turn in stream.heard.said],
             "p_silent": [round(p, 4) for p in stream.heard.p_silent],
+            "live": None if stream.live is None else asdict(stream.live),
             "timing": named(stream.timing(result.window)),
             "replies": [
                 {"outcome": r.outcome, "frame_diff": r.frame_diff, "fluency": r.fluency, "lm_ppl": r.lm_ppl}

@@ -21,7 +21,7 @@ from actors.messages import SessionSettings
 from jobs.dialogues import Dialogue
 from jobs.finished import Finished, key_of
 from jobs.generation import Generation
-from jobs.grader import Decided, Deciding, Heard, Identity
+from jobs.grader import Decided, Deciding, Heard, Identity, Live, Pace
 from jobs.grader_pool import Method, Pool
 
 logger = logging.getLogger(__name__)
@@ -30,6 +30,7 @@ TELL_EVERY_S = 10.0  # in logs, where there is no bar
 
 DECIDED: TypeAdapter[Decided] = TypeAdapter(Decided)
 HEARD: TypeAdapter[Heard] = TypeAdapter(Heard)
+LIVE: TypeAdapter[Live] = TypeAdapter(Live)
 ANSWERS: TypeAdapter[list[str]] = TypeAdapter(list[str])
 
 # What changes how fast results come, and not what they are.
@@ -57,6 +58,11 @@ class Evaluation:
         """Self-conditioned, with the index of each dialogue."""
         return self._results("play", dialogues, settings, HEARD, f"streams at threshold {settings.threshold:g}")
 
+    def live(self, dialogues: Sequence[Dialogue], pace: Pace) -> list[Live]:
+        """Self-conditioned, at the stream's pace."""
+        found = self._results("live", dialogues, pace, LIVE, "streams at their own pace")
+        return [result for _, result in sorted(found, key=lambda pair: pair[0])]
+
     def answers(self, dialogues: Sequence[Dialogue], generation: Generation) -> list[list[str]]:
         """Offline."""
         found = self._results("answer", dialogues, generation, ANSWERS, "answers")
@@ -66,7 +72,7 @@ class Evaluation:
         self,
         method: Method,
         dialogues: Sequence[Dialogue],
-        argument: Deciding | SessionSettings | Generation,
+        argument: Deciding | SessionSettings | Pace | Generation,
         kind: TypeAdapter[ResultT],
         label: str,
     ) -> Iterator[tuple[int, ResultT]]:

@@ -72,7 +72,7 @@ class Report:
     online: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def values(self) -> dict[str, object]:
-        """What `metrics.json` holds: the same for the same model, data and settings."""
+        """What `metrics.json` holds: the same for the same model, data and settings, but for `live`."""
         names = ("model", "fingerprint", "dialogues", "num_dialogues", "num_videos", "seen_videos", "fps", "threshold")
         return {
             **{name: getattr(self, name) for name in names},
@@ -186,9 +186,19 @@ def _streams(result: Report, plots: Mapping[str, str]) -> Iterator[str]:
         yield f"{group.num_dialogues} dialogues, {mine.duration_s:.0f} s, {mine.labelled} labels."
         yield from ("", f"| | responses | {' | '.join(COLUMNS.values())} |", "|---|---|" + "---|" * len(COLUMNS))
         yield _row("**model**", mine)
+        if group.live is not None:
+            yield _row("**model, live**", group.live.timing)
         for control, timed in group.controls.items():
             yield _row(control, timed)
         yield ""
+        if (live := group.live) is not None:
+            yield from (
+                "*Live*: the stream goes on while the model computes on this machine, and what it says is heard when "
+                f"its first words are there. Decisions came {live.lag_p50_s:.2f} s after their frames (median; 95 % "
+                f"of them within {live.lag_p95_s:.2f} s); {live.dropped} of {live.decided + live.dropped} frames were "
+                "dropped.",
+                "",
+            )
     yield from (f"![{shows}]({plots[shows]})" for shows in ("controls", "error in time") if shows in plots)
     if result.curve:
         yield from (
@@ -298,6 +308,7 @@ def _group_values(group: Group) -> dict[str, object]:
         "teacher_forced": {mode: asdict(metrics) for mode, metrics in group.teacher_forced.items()},
         "self_conditioned": named(group.self_conditioned),
         "controls": {name: named(timed) for name, timed in group.controls.items()},
+        "live": None if group.live is None else asdict(group.live) | {"timing": named(group.live.timing)},
     }
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from actors.backends import build_engine, load_model
@@ -28,6 +29,7 @@ from jobs.encode_frames import StoreConfig
 from jobs.frame_store import FrameStore
 from jobs.generation import Generation, generate
 from jobs.metrics import Forward, Mode, Reply, evaluate, forward_of
+from jobs.paced_replay import replay_paced
 from jobs.replay import Transcript, Utterance, replay
 from jobs.streams import recording_of
 
@@ -97,6 +99,25 @@ class Heard:
         )
 
 
+class Pace(Section):
+    """How a stream goes on while the model computes: as many frames as `credits` wait undecided."""
+
+    settings: SessionSettings
+    credits: int = Field(ge=1)
+
+
+@dataclass(frozen=True)
+class Live:
+    """What was heard at the stream's pace on this machine, each with the time its first words were there.
+
+    `lags_s` of every decided frame; `dropped` counts frames that found no room.
+    """
+
+    said: list[Utterance]
+    lags_s: list[float]
+    dropped: int
+
+
 class Grader:
     """Grades dialogues with the checkpoint of `config`. Nothing is loaded before it is needed.
 
@@ -142,6 +163,16 @@ class Grader:
         ]
         heard = {t.name: t for t in replay(self.engine, recordings, min(len(recordings), self.engine.room))}
         return [Heard.of(heard[recording.name], settings.threshold) for recording in recordings]
+
+    def live(self, dialogues: Sequence[Dialogue], pace: Pace) -> list[Live]:
+        """Each dialogue's stream by itself, going on while the model computes."""
+        self._load()
+        lives = []
+        for index, dialogue in enumerate(dialogues):
+            recording = recording_of(dialogue, self._frames(dialogue), pace.settings, str(index))
+            paced = replay_paced(self.engine, recording, pace.credits)
+            lives.append(Live(paced.said, paced.lags_s, len(paced.dropped)))
+        return lives
 
     def answer(self, dialogues: Sequence[Dialogue], generation: Generation) -> list[list[str]]:
         """Offline: the answers to each dialogue's question, the likeliest first, after all of its frames."""

@@ -137,6 +137,23 @@ def test_what_is_said_does_not_depend_on_how_many_streams_share_an_engine(
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_streams_can_go_on_while_the_model_computes(evaluate: Callable[..., int], tmp_path: Path) -> None:
+    assert evaluate("evaluation.thresholds=[]") == 0
+    plain = metrics(tmp_path)["streams"][ALL]
+    assert plain.pop("live") is None
+    assert evaluate("evaluation.thresholds=[]", "evaluation.live=true") == 0
+    group = metrics(tmp_path)["streams"][ALL]
+    live = group.pop("live")
+    assert group == plain
+    assert live["timing"]["labelled"] == plain["self_conditioned"]["labelled"]
+    assert 0 < live["lag_p50_s"] <= live["lag_p95_s"]
+    assert live["decided"] + live["dropped"] == 20
+    rows = [row["live"] for row in predictions(tmp_path)]
+    assert sum(len(row["lags_s"]) for row in rows) == live["decided"]
+    assert "| **model, live** |" in (tmp_path / "out" / "report.md").read_text()
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_a_stopped_evaluation_goes_on(
     evaluate: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
