@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from jobs.chaos_client import Books
-from jobs.engine_benchmark import cpu_name
+from jobs.machine import cpu_name
 
 RECOVERY_P50_S, RECOVERY_P99_S = 4.0, 15.0
 

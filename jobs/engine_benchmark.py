@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
 import random
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +25,7 @@ from actors.kv import KVMemory
 from actors.messages import Evicted, LogEntry, Query, ResponseTokens
 from jobs.benchmark_models import Subject
 from jobs.benchmark_report import Comparison, Report
+from jobs.machine import cpu_name
 from jobs.scripted import (
     SETTINGS,
     Folded,
@@ -445,10 +444,3 @@ class EngineBenchmark:
 def _percentile(values: Sequence[float], percent: int) -> float:
     ordered = sorted(values)
     return ordered[min(len(ordered) * percent // 100, len(ordered) - 1)]
-
-
-def cpu_name() -> str:
-    """The processor, its cores and the instructions that torch uses."""
-    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    name = found[1] if found else platform.machine()
-    return f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"

@@ -4,7 +4,8 @@ Dialogues come from `evaluation.dialogues`, their frames from the store `store.f
 the four streaming metrics of the paper are computed in both modes (docs/metrics.md). Self-conditioned,
 the frames and the user's turns of each dialogue go through the session and the engine that serve, and
 what the model says of its own accord is graded beside controls, at the session's threshold and over
-many. `evaluation.streamingbench` and `evaluation.ovobench` ask the questions of those two in streams.
+many; with `evaluation.live=true` also at the pace of a stream that goes on while the model computes.
+`evaluation.streamingbench` and `evaluation.ovobench` ask the questions of those two in streams.
 Dialogues of the offline benchmarks (COIN, Ego4D LTA) are answered and graded against their names.
 
 With `evaluation.calibrate=true` the best of the thresholds is stored in the checkpoint: it is then what
@@ -21,7 +22,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -33,9 +34,11 @@ from actors.engine import EngineConfig
 from actors.messages import SessionSettings
 from actors.parts import CheckpointError
 from actors.session import SessionError
+from actors.session_log import BusConfig
 from actors.turns import DialogueError
 from actors.weights import WeightsError
 from jobs.annotations import AnnotationError, AnnotationsConfig, video_id
+from jobs.coin import KINDS
 from jobs.dataset import DatasetError
 from jobs.dialogue_files import DialogueFileError, read_dialogues
 from jobs.dialogues import DataConfig, Dialogue
@@ -47,13 +50,15 @@ from jobs.event_metrics import EventsError
 from jobs.finished import Finished, FinishedError, key_of
 from jobs.frame_store import FrameStore, StoreError
 from jobs.graded_events import grade_events
-from jobs.grader import Heard, Identity
+from jobs.grader import Deciding, Heard, Identity, Live, Pace
 from jobs.grader_pool import graders
 from jobs.offline_benchmarks import (
     GENERATION,
     SUBMISSION,
     Answered,
     BenchmarkError,
+    categories_of,
+    check,
     grade,
     is_offline,
     write_submission,
@@ -68,6 +73,7 @@ from jobs.timing_metrics import Window
 logger = logging.getLogger(__name__)
 
 FINISHED = "finished.jsonl"
+LTA_FORMATS = ("lta", "lta_test")
 
 
 class EvaluationConfig(Section):
@@ -92,6 +98,7 @@ class EvaluationConfig(Section):
     thresholds: tuple[float, ...] = Field(
         default=THRESHOLDS, description="tried for the curve of precision and recall; [] tries none"
     )
+    live: bool = Field(default=False, description="also grade streams that go on while the model computes")
     calibrate: bool = Field(default=False, description="store the best of these thresholds in the checkpoint")
     streamingbench: tuple[str, ...] = Field(default=(), description="files questions_*.json of StreamingBench")
     ovobench: str | None = Field(default=None, description="the file ovo_bench_new.json of OVO-Bench")
@@ -113,7 +120,10 @@ def run_evaluation(config: Config) -> Path:
         raise ConfigError(f"{folder} holds something else than an evaluation: choose another evaluation.folder")
     online = read_all(settings.streamingbench, settings.ovobench)
     wanted = settings.dialogues is not None or not online
-    dialogues = _chosen(read_dialogues(source), settings.max_dialogues) if wanted else []
+    everything = read_dialogues(source) if wanted else []
+    categories = categories_of(everything, _annotations(config, KINDS))
+    dialogues = _chosen(everything, settings.max_dialogues)
+    check(dialogues, _annotations(config, LTA_FORMATS))
     with Finished(folder / FINISHED) as finished:
         pool = graders(config, settings.workers)
         identity = pool.identity()
@@ -121,7 +131,7 @@ def run_evaluation(config: Config) -> Path:
         refuse_seen([*dialogues, *(stream.dialogue for stream in probed)], identity, settings.allow_seen)
         dialogues = [dialogues[index] for index in pool.there(dialogues)] if dialogues else []
         evaluation = Evaluation(pool, finished, config, identity, settings.at_once)
-        result = _grade(config, settings, identity, evaluation, dialogues, source)
+        result = _grade(config, settings, identity, evaluation, dialogues, source, categories)
         result = replace(result, online=_online(config, evaluation, probed, result.threshold))
     _write(folder, result)
     print((folder / "report.md").read_text())
@@ -146,6 +156,7 @@ def _grade(
     evaluation: Evaluation,
     dialogues: Sequence[Dialogue],
     source: str,
+    categories: Mapping[str, Collection[str]],
 ) -> Report:
     session = config.section("session", SessionSettings).with_threshold_of(identity.threshold)
     window = Window(settings.before_s, settings.after_s)
@@ -160,16 +171,23 @@ def _grade(
     sweep = Sweep(played, play)
     curve = sweep.curve(settings.thresholds, window) if streamed else []
     threshold, chosen_from = session.threshold, identity.calibrated_on
+    if settings.calibrate and not streamed:
+        raise EvaluationError(
+            f"evaluation.calibrate chooses the threshold at which streams are best, but {source} has no stream: "
+            "give evaluation.dialogues some, or leave evaluation.calibrate out"
+        )
     if settings.calibrate:
         threshold, chosen_from = best(curve).threshold, "these dialogues"
         _calibrate(config, settings, identity, streamed, best(curve), source)
     elif "threshold" in config.section("session", SessionSettings).model_fields_set:
         chosen_from = None
     heard, _ = sweep.at(threshold)
-    decided = evaluation.decided(streamed, threshold)
-    streams = [
-        GradedStream(stream, one, decisions) for stream, one, decisions in zip(played, heard, decided, strict=True)
-    ]
+    decided = evaluation.decided(streamed, Deciding(threshold=threshold, decide_by=session.decide_by))
+    live: list[Live | None] = [None] * len(streamed)
+    if settings.live:
+        at = session.model_copy(update={"threshold": threshold})
+        live = [*evaluation.live(streamed, Pace(settings=at, credits=config.section("bus", BusConfig).credits))]
+    streams = [GradedStream(*parts) for parts in zip(played, heard, decided, live, strict=True)]
     answered = _answers(evaluation, [dialogue for dialogue in dialogues if is_offline(dialogue)], settings)
     return Report(
         model=config.model.checkpoint or f"{config.model.llm} without training",
@@ -178,6 +196,7 @@ def _grade(
         num_dialogues=len(dialogues),
         num_videos=len({dialogue.video_id for dialogue in dialogues}),
         seen_videos=sorted({dialogue.video_id for dialogue in dialogues} & set(identity.trained_videos)),
+        num_trained=None if config.model.checkpoint is None else len(identity.trained_videos),
         fps=identity.fps,
         threshold=threshold,
         chosen_from=chosen_from,
@@ -186,9 +205,9 @@ def _grade(
         groups=groups_of(streams, window, settings.interval_s),
         events=grade_events(streams),
         curve=curve,
-        offline=_offline(config, answered),
+        offline=_offline(config, answered, categories),
         answered=answered,
-        annotations=_lta_annotations(config),
+        annotations=_annotations(config, LTA_FORMATS),
     )
 
 
@@ -258,17 +277,22 @@ def _answers(evaluation: Evaluation, dialogues: Sequence[Dialogue], settings: Ev
     return answered
 
 
-def _offline(config: Config, answered: Sequence[Answered]) -> dict[str, Offline]:
+def _offline(
+    config: Config, answered: Sequence[Answered], categories: Mapping[str, Collection[str]]
+) -> dict[str, Offline]:
     graded = {}
     for task in sorted({one.dialogue.task for one in answered}):
         ones = [one for one in answered if one.dialogue.task == task]
-        graded[task] = Offline(len(ones), grade(task, ones, _lta_annotations(config)))
+        names = categories.get(task, ())
+        values = grade(task, ones, _annotations(config, LTA_FORMATS), names)
+        graded[task] = Offline(len(ones), values, len(names))
     return graded
 
 
-def _lta_annotations(config: Config) -> Path | None:
+def _annotations(config: Config, formats: Collection[str]) -> Path | None:
+    """The folder of the first dataset that has one of these formats."""
     datasets = config.section("annotations", AnnotationsConfig).datasets
-    paths = [dataset.path for dataset in datasets.values() if dataset.format in ("lta", "lta_test")]
+    paths = [dataset.path for dataset in datasets.values() if dataset.format in formats]
     return Path(paths[0]) if paths else None
 
 
@@ -294,15 +318,16 @@ def _check(config: Config, settings: EvaluationConfig) -> None:
 
 
 def _write(folder: Path, result: Report) -> None:
-    rows = []
+    rows: list[dict[str, object]] = []
     for stream in result.streams:
-        row = {
+        row: dict[str, object] = {
             "dialogue_id": stream.played.dialogue.dialogue_id,
             "task": stream.played.dialogue.task,
             "video_id": stream.played.dialogue.video_id,
             "labels": [{"time": label.time, "text": label.text} for label in stream.played.labels],
             "said": [asdict(turn) for turn in stream.heard.said],
             "p_silent": [round(p, 4) for p in stream.heard.p_silent],
+            "live": None if stream.live is None else asdict(stream.live),
             "timing": named(stream.timing(result.window)),
             "replies": [
                 {"outcome": r.outcome, "frame_diff": r.frame_diff, "fluency": r.fluency, "lm_ppl": r.lm_ppl}
@@ -329,7 +354,6 @@ def _write(folder: Path, result: Report) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    given = sys.argv[1:] if arguments is None else arguments
     return run(
         run_evaluation,
         module="jobs.evaluate",
@@ -358,7 +382,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             StoreError,
             WeightsError,
         ),
-        argv=["evaluation.allow_seen=true" if word == "--allow-seen" else word for word in given],
+        argv=arguments,
+        flags={"--allow-seen": "evaluation.allow_seen=true"},
     )
 
 

@@ -21,7 +21,7 @@ from actors.messages import SessionSettings
 from jobs.dialogues import Dialogue
 from jobs.finished import Finished, key_of
 from jobs.generation import Generation
-from jobs.grader import Decided, Heard, Identity
+from jobs.grader import Decided, Deciding, Heard, Identity, Live, Pace
 from jobs.grader_pool import Method, Pool
 
 logger = logging.getLogger(__name__)
@@ -30,6 +30,7 @@ TELL_EVERY_S = 10.0  # in logs, where there is no bar
 
 DECIDED: TypeAdapter[Decided] = TypeAdapter(Decided)
 HEARD: TypeAdapter[Heard] = TypeAdapter(Heard)
+LIVE: TypeAdapter[Live] = TypeAdapter(Live)
 ANSWERS: TypeAdapter[list[str]] = TypeAdapter(list[str])
 
 # What changes how fast results come, and not what they are.
@@ -48,14 +49,19 @@ class Evaluation:
         engine = config.section("engine", EngineConfig).model_dump(mode="json", exclude=SPEED)
         self._model = [identity.fingerprint, identity.features, config.model.dtype, engine]
 
-    def decided(self, dialogues: Sequence[Dialogue], threshold: float) -> list[Decided]:
+    def decided(self, dialogues: Sequence[Dialogue], deciding: Deciding) -> list[Decided]:
         """Teacher-forced."""
-        found = self._results("decide", dialogues, threshold, DECIDED, "teacher-forced")
+        found = self._results("decide", dialogues, deciding, DECIDED, "teacher-forced")
         return [result for _, result in sorted(found, key=lambda pair: pair[0])]
 
     def heard(self, dialogues: Sequence[Dialogue], settings: SessionSettings) -> Iterator[tuple[int, Heard]]:
         """Self-conditioned, with the index of each dialogue."""
         return self._results("play", dialogues, settings, HEARD, f"streams at threshold {settings.threshold:g}")
+
+    def live(self, dialogues: Sequence[Dialogue], pace: Pace) -> list[Live]:
+        """Self-conditioned, at the stream's pace."""
+        found = self._results("live", dialogues, pace, LIVE, "streams at their own pace")
+        return [result for _, result in sorted(found, key=lambda pair: pair[0])]
 
     def answers(self, dialogues: Sequence[Dialogue], generation: Generation) -> list[list[str]]:
         """Offline."""
@@ -66,11 +72,11 @@ class Evaluation:
         self,
         method: Method,
         dialogues: Sequence[Dialogue],
-        argument: float | SessionSettings | Generation,
+        argument: Deciding | SessionSettings | Pace | Generation,
         kind: TypeAdapter[ResultT],
         label: str,
     ) -> Iterator[tuple[int, ResultT]]:
-        plain = argument if isinstance(argument, float) else argument.model_dump(mode="json")
+        plain = argument.model_dump(mode="json")
         keys = [key_of(method, plain, self._model, dialogue.model_dump(mode="json")) for dialogue in dialogues]
         todo = []
         for index, key in enumerate(keys):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -12,6 +11,7 @@ import torch
 
 from jobs.annotations import Moment
 from jobs.graded_events import GradedEvents
+from jobs.machine import cpu_name
 from jobs.offline_benchmarks import Answered, Values
 from jobs.published_results import PUBLISHED, Published
 from jobs.stream_groups import ALL, GradedStream, Group
@@ -34,19 +34,21 @@ EXAMPLES, EXAMPLE_LINES, EXAMPLE_CHARACTERS = 4, 12, 90
 
 @dataclass(frozen=True)
 class Offline:
-    """A task of the offline benchmarks: its dialogues and numbers."""
+    """A task of the offline benchmarks: its dialogues, numbers, and of COIN how many names an answer could have."""
 
     num_dialogues: int
     values: Values
+    num_categories: int = 0
 
 
 @dataclass(frozen=True)
 class Report:
     """Everything an evaluation says.
 
-    `seen_videos` are those the checkpoint was trained on, `chosen_from` is what the threshold was chosen on
-    (None where it was not). `groups` has all streams first, then each task; `events` is None where no video
-    has any beside it; `annotations` is the folder of Ego4D LTA's, where it was named.
+    `seen_videos` are those the checkpoint was trained on, of the `num_trained` it names (None without a
+    checkpoint); `chosen_from` is what the threshold was chosen on (None where it was not). `groups` has all
+    streams first, then each task; `events` is None where no video has any beside it; `annotations` is the
+    folder of Ego4D LTA's, where it was named.
     """
 
     model: str
@@ -55,6 +57,7 @@ class Report:
     num_dialogues: int
     num_videos: int
     seen_videos: list[str]
+    num_trained: int | None
     fps: float
     threshold: float
     chosen_from: str | None
@@ -69,7 +72,7 @@ class Report:
     online: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def values(self) -> dict[str, object]:
-        """What `metrics.json` holds: the same for the same model, data and settings."""
+        """What `metrics.json` holds: the same for the same model, data and settings, but for `live`."""
         names = ("model", "fingerprint", "dialogues", "num_dialogues", "num_videos", "seen_videos", "fps", "threshold")
         return {
             **{name: getattr(self, name) for name in names},
@@ -138,26 +141,30 @@ def _head(result: Report) -> Iterator[str]:
         chosen = f"chosen from {result.chosen_from}" if result.chosen_from else "not chosen from data"
         yield ""
         yield f"Threshold {result.threshold:g}, {chosen}."
+    if result.num_trained == 0:
+        yield ""
+        yield "The checkpoint names no video that it was trained on: whether these were among them is not known."
     if result.seen_videos:
         yield ""
         yield f"**Trained on {len(result.seen_videos)} of these videos: no measure of new ones.**"
 
 
 def _machine() -> str:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-    return f"{device}, torch {torch.__version__}"
+    device = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+    return f"{device}{cpu_name()}, torch {torch.__version__}"
 
 
 def _offline(result: Report) -> Iterator[str]:
-    yield from ("## Answers about recorded videos", "", "| task | dialogues | numbers |", "|---|---|---|")
+    yield from ("## Answers about recorded videos", "", "| task | dialogues | names | numbers |", "|---|---|---|---|")
     for task, offline in result.offline.items():
         numbers = ", ".join(f"{name} {_number(value)}" for name, value in offline.values.items())
-        yield f"| {task} | {offline.num_dialogues} | {numbers or 'no answers are known'} |"
+        names = str(offline.num_categories or "-")
+        yield f"| {task} | {offline.num_dialogues} | {names} | {numbers or 'no answers are known'} |"
     yield from (
         "",
-        "COIN: top-1 accuracy in percent, the nearest label counts; `corrected_accuracy` asks for every line of a "
-        "procedure, as published one right line of five is 100 %. Ego4D LTA: 0 is right; `aued` is the area under the "
-        "edit distances at 1 to 20 actions, `ed` the distance at 20, of the best of five beams.",
+        "COIN: top-1 accuracy in percent, an answer counts as the nearest of so many names; `corrected_accuracy` asks "
+        "for every line of a procedure, as published one right line of five is 100 %. Ego4D LTA: 0 is right; `aued` is "
+        "the area under the edit distances at 1 to 20 actions, `ed` the distance at 20, of the best of five beams.",
         "",
     )
 
@@ -179,9 +186,19 @@ def _streams(result: Report, plots: Mapping[str, str]) -> Iterator[str]:
         yield f"{group.num_dialogues} dialogues, {mine.duration_s:.0f} s, {mine.labelled} labels."
         yield from ("", f"| | responses | {' | '.join(COLUMNS.values())} |", "|---|---|" + "---|" * len(COLUMNS))
         yield _row("**model**", mine)
+        if group.live is not None:
+            yield _row("**model, live**", group.live.timing)
         for control, timed in group.controls.items():
             yield _row(control, timed)
         yield ""
+        if (live := group.live) is not None:
+            yield from (
+                "*Live*: the stream goes on while the model computes on this machine, and what it says is heard when "
+                f"its first words are there. Decisions came {live.lag_p50_s:.2f} s after their frames (median; 95 % "
+                f"of them within {live.lag_p95_s:.2f} s); {live.dropped} of {live.decided + live.dropped} frames were "
+                "dropped.",
+                "",
+            )
     yield from (f"![{shows}]({plots[shows]})" for shows in ("controls", "error in time") if shows in plots)
     if result.curve:
         yield from (
@@ -291,6 +308,7 @@ def _group_values(group: Group) -> dict[str, object]:
         "teacher_forced": {mode: asdict(metrics) for mode, metrics in group.teacher_forced.items()},
         "self_conditioned": named(group.self_conditioned),
         "controls": {name: named(timed) for name, timed in group.controls.items()},
+        "live": None if group.live is None else asdict(group.live) | {"timing": named(group.live.timing)},
     }
 
 

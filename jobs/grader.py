@@ -10,13 +10,15 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from actors.backends import build_engine, load_model
 from actors.checkpoint import Loaded
-from actors.config import Config
+from actors.config import Config, Section
 from actors.engine import Engine, EngineConfig
 from actors.messages import SessionSettings
 from actors.runtime import limit_threads
@@ -27,6 +29,7 @@ from jobs.encode_frames import StoreConfig
 from jobs.frame_store import FrameStore
 from jobs.generation import Generation, generate
 from jobs.metrics import Forward, Mode, Reply, evaluate, forward_of
+from jobs.paced_replay import replay_paced
 from jobs.replay import Transcript, Utterance, replay
 from jobs.streams import recording_of
 
@@ -45,6 +48,17 @@ class Identity:
     trained_videos: list[str] = field(repr=False)
     threshold: float | None
     calibrated_on: str | None
+
+
+class Deciding(Section):
+    """How a session turns what the model thinks of a frame into a decision."""
+
+    threshold: float
+    decide_by: Literal["argmax", "threshold"]
+
+    def by_argmax(self, mode: Mode) -> bool:
+        """Published numbers always count so; `strict` ones tell what would be served."""
+        return mode == "paper" or self.decide_by == "argmax"
 
 
 @dataclass(frozen=True)
@@ -85,6 +99,25 @@ class Heard:
         )
 
 
+class Pace(Section):
+    """How a stream goes on while the model computes: as many frames as `credits` wait undecided."""
+
+    settings: SessionSettings
+    credits: int = Field(ge=1)
+
+
+@dataclass(frozen=True)
+class Live:
+    """What was heard at the stream's pace on this machine, each with the time its first words were there.
+
+    `lags_s` of every decided frame; `dropped` counts frames that found no room.
+    """
+
+    said: list[Utterance]
+    lags_s: list[float]
+    dropped: int
+
+
 class Grader:
     """Grades dialogues with the checkpoint of `config`. Nothing is loaded before it is needed.
 
@@ -115,11 +148,11 @@ class Grader:
         kept = {id(dialogue) for dialogue in TrainingSet(dialogues, self.store, self.loaded.template).dialogues}
         return [index for index, dialogue in enumerate(dialogues) if id(dialogue) in kept]
 
-    def decide(self, dialogues: Sequence[Dialogue], threshold: float) -> list[Decided]:
+    def decide(self, dialogues: Sequence[Dialogue], deciding: Deciding) -> list[Decided]:
         """Teacher-forced: the graded replies of each dialogue."""
         self._load()
         with self._plain_attention():
-            return [self._decide(dialogue, threshold) for dialogue in dialogues]
+            return [self._decide(dialogue, deciding) for dialogue in dialogues]
 
     def play(self, dialogues: Sequence[Dialogue], settings: SessionSettings) -> list[Heard]:
         """Self-conditioned: each dialogue's stream through the session and the engine that serve, all at once."""
@@ -130,6 +163,16 @@ class Grader:
         ]
         heard = {t.name: t for t in replay(self.engine, recordings, min(len(recordings), self.engine.room))}
         return [Heard.of(heard[recording.name], settings.threshold) for recording in recordings]
+
+    def live(self, dialogues: Sequence[Dialogue], pace: Pace) -> list[Live]:
+        """Each dialogue's stream by itself, going on while the model computes."""
+        self._load()
+        lives = []
+        for index, dialogue in enumerate(dialogues):
+            recording = recording_of(dialogue, self._frames(dialogue), pace.settings, str(index))
+            paced = replay_paced(self.engine, recording, pace.credits)
+            lives.append(Live(paced.said, paced.lags_s, len(paced.dropped)))
+        return lives
 
     def answer(self, dialogues: Sequence[Dialogue], generation: Generation) -> list[list[str]]:
         """Offline: the answers to each dialogue's question, the likeliest first, after all of its frames."""
@@ -154,10 +197,13 @@ class Grader:
             self.loaded = self._loaded = loaded
         return self._loaded
 
-    def _decide(self, dialogue: Dialogue, threshold: float) -> Decided:
+    def _decide(self, dialogue: Dialogue, deciding: Deciding) -> Decided:
         template, tokens = self.loaded.template, self._frames(dialogue)
         rendered, forward = template.render(dialogue.conversation), _Remembering(forward_of(self.loaded.model))
-        replies = {mode: evaluate(forward, template, rendered, tokens, threshold, mode) for mode in MODES}
+        replies = {
+            mode: evaluate(forward, template, rendered, tokens, deciding.threshold, mode, deciding.by_argmax(mode))
+            for mode in MODES
+        }
         return Decided(replies, frame_changes(tokens))
 
     def _frames(self, dialogue: Dialogue) -> Tensor:

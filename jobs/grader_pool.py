@@ -1,7 +1,8 @@
 """Graders at work: this process alone, or actors of a Ray cluster that share the dialogues.
 
 An actor takes work as soon as it has its model, so that a cluster may give them one by one. One that is
-killed comes back, and its batch is done again.
+killed comes back, and its batch is done again. They are Ray's own actors and no pool of Ray Data, which
+would start anew, and load the model again, for each of the passes that a sweep over thresholds makes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from jobs.training_run import portable
 
 RESTARTS = 3
 
-Method = Literal["decide", "play", "answer"]
+Method = Literal["decide", "play", "live", "answer"]
 Batch = list[Dialogue]
 
 

@@ -106,14 +106,16 @@ def evaluate(
     frames: Tensor,
     threshold: float = 0.725,
     mode: Mode = "strict",
+    by_argmax: bool = True,
 ) -> list[Reply]:
     """Every reply of a dialogue, graded. `frames` (F, N, D) are all of the dialogue's frames.
 
+    With `by_argmax` the model also speaks where silence is not the likeliest, as in the public reference.
     One forward pass over the dialogue and one for each reply whose answer did not come in time.
     """
     if len(frames) != dialogue.num_frames:
         raise ValueError(f"the dialogue has {dialogue.num_frames} frames, {len(frames)} were given")
-    reader = _Reader(forward, template, dialogue, frames, threshold)
+    reader = _Reader(forward, template, dialogue, frames, threshold, by_argmax)
     return _paper_replies(reader) if mode == "paper" else _strict_replies(reader)
 
 
@@ -164,13 +166,20 @@ class _Reader:
     """One dialogue with the model's logits where something is learned, and what they decide."""
 
     def __init__(
-        self, forward: Forward, template: Template, dialogue: Rendered, frames: Tensor, threshold: float
+        self,
+        forward: Forward,
+        template: Template,
+        dialogue: Rendered,
+        frames: Tensor,
+        threshold: float,
+        by_argmax: bool,
     ) -> None:
         self.forward = forward
         self.template = template
         self.dialogue = dialogue
         self.frames = frames
         self.threshold = threshold
+        self.by_argmax = by_argmax
         self.input_ids = torch.tensor(dialogue.input_ids, dtype=torch.long)
         learned = [i for i, label in enumerate(dialogue.labels) if label != IGNORED]
         self._row = {position: row for row, position in enumerate(learned)}
@@ -224,7 +233,9 @@ class _Reader:
     def _decide(self, logits: Tensor) -> tuple[list[float], list[bool]]:
         silence = self.template.silence_id
         p_silent = logits.float().softmax(-1)[:, silence]
-        speaks = (p_silent < self.threshold) | (logits.argmax(-1) != silence)
+        speaks = p_silent < self.threshold
+        if self.by_argmax:
+            speaks |= logits.argmax(-1) != silence
         return p_silent.tolist(), speaks.tolist()
 
 

@@ -92,13 +92,13 @@ def narrate(request: Request) -> list[Outcome]:
 
 
 def _in_this_process(request: Request) -> Iterator[Outcome]:
-    readable = []
+    readable, alone = [], len(request.tasks) == 1
     for task in request.tasks:  # before the model is loaded, which takes longer
         try:
             probe(task.video)
             readable.append(task)
         except VideoError as error:
-            yield _told(Outcome(str(task.video), error=str(error)))
+            yield _told(Outcome(str(task.video), error=str(error)), alone)
     if not readable:
         return
     started = time.monotonic()
@@ -106,7 +106,7 @@ def _in_this_process(request: Request) -> Iterator[Outcome]:
     print(f"loaded the model in {time.monotonic() - started:.0f} s", flush=True)
     for number, task in enumerate(readable, start=1):
         label = task.video.name if len(readable) == 1 else f"{number}/{len(readable)} {task.video.name}"
-        yield _told(narrator.attempt(task, label, aloud=len(readable) == 1))
+        yield _told(narrator.attempt(task, label, aloud=len(readable) == 1), alone)
 
 
 def _on_cluster(request: Request) -> Iterator[Outcome]:
@@ -131,7 +131,7 @@ def _on_cluster(request: Request) -> Iterator[Outcome]:
         for batch in outcomes.iter_batches(batch_size=1, prefetch_batches=0):
             outcome = Outcome(**{name: column.tolist()[0] for name, column in batch.items()})
             bar.update()
-            yield _told(outcome)
+            yield _told(outcome, len(rows) == 1)
 
 
 class _Actor:
@@ -146,10 +146,10 @@ class _Actor:
         return {name: np.array([value]) for name, value in asdict(outcome).items()}
 
 
-def _told(outcome: Outcome) -> Outcome:
-    """The same outcome, after saying what was wrong."""
-    if error := outcome.error:
-        tqdm.write(f"failed: {error if outcome.video in error else f'{outcome.video}: {error}'}", file=sys.stderr)
+def _told(outcome: Outcome, alone: bool) -> Outcome:
+    """The same outcome, after saying what became of the video; the one that is `alone` is in the last line anyway."""
+    if outcome.error or not alone:
+        tqdm.write(str(outcome), file=sys.stderr if outcome.error else sys.stdout)
     return outcome
 
 

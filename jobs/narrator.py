@@ -66,6 +66,14 @@ class Outcome:
     utterances: int = 0
     error: str = ""
 
+    def __str__(self) -> str:
+        if self.error:
+            return f"failed: {self.error if self.video in self.error else f'{self.video}: {self.error}'}"
+        return (
+            f"{self.video}: {self.utterances} utterances; {self.video_s:.0f} s of video in {self.wall_s:.1f} s: "
+            f"{self.video_s / self.wall_s:.1f} x real time"
+        )
+
 
 class Narrator:
     """Narrates one video after another.
@@ -148,9 +156,12 @@ class _Screen:
         self.bar = bar
         self.aloud = aloud
         self.shown = 0
+        self.started = time.monotonic()
 
     def show(self, transcript: Transcript) -> None:
         if transcript.times:
+            rate = transcript.times[-1] / (time.monotonic() - self.started)
+            self.bar.set_postfix_str(f"{rate:.1f} x real time", refresh=False)
             self.bar.update(transcript.times[-1] - self.bar.n)
         for turn in transcript.turns[self.shown :] if self.aloud else ():
             speaker = "user" if isinstance(turn, Question) else "assistant"

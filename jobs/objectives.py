@@ -27,9 +27,9 @@ from actors.runtime import limit_threads
 from jobs.dataset import DatasetError, TrainingSet
 from jobs.dialogues import DataConfig
 from jobs.encode_frames import StoreConfig
-from jobs.engine_benchmark import cpu_name
 from jobs.frame_store import StoreError
 from jobs.learner import Learner, TrainingError
+from jobs.machine import cpu_name
 from jobs.metrics import Reply, evaluate, forward_of, summarize
 from jobs.objectives_report import ObjectivesReport, Outcome
 from jobs.per_frame import PerFrameForward

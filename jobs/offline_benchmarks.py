@@ -7,7 +7,7 @@ server is written. VideoLLM-online, section 5.1.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,6 +19,8 @@ from jobs.dialogues import Dialogue
 from jobs.generation import Generation
 
 PROCEDURES = ("coin_procedure", "coin_taskprocedure")
+TASK = "coin_task"
+STEPS = tuple(kind for kind in coin.KINDS if kind != TASK)
 LTA = "lta"
 TASKS = (*coin.KINDS, LTA)
 SUBMISSION = "lta_test_predictions.json"
@@ -46,8 +48,43 @@ def is_offline(dialogue: Dialogue) -> bool:
     return dialogue.task in TASKS
 
 
-def grade(task: str, answered: Sequence[Answered], annotations: Path | None) -> Values:
-    """The numbers of a task, none where no answer is known. Ego4D LTA needs the folder of its annotations."""
+def check(dialogues: Sequence[Dialogue], annotations: Path | None) -> None:
+    """Raises BenchmarkError where Ego4D LTA is asked for without the folder of its annotations."""
+    if any(dialogue.task == LTA for dialogue in dialogues):
+        _taxonomy(annotations)
+
+
+def categories_of(dialogues: Sequence[Dialogue], annotations: Path | None) -> dict[str, set[str]]:
+    """By task of COIN, the names that an answer can be nearest to: all of the split, as in the public reference.
+
+    `annotations` is the folder of COIN's: a step that is never the answer to one of the questions counts, too.
+    Without it they are what is an answer in the dialogues, of steps in those of any task.
+    """
+    found: dict[str, set[str]] = {task: set() for task in coin.KINDS}
+    videos = {dialogue.video_id for dialogue in dialogues if dialogue.task in found}
+    for dialogue in dialogues:
+        if dialogue.task in found:
+            for task in (TASK,) if dialogue.task == TASK else STEPS:
+                found[task].update(label.lower() for label in dialogue.labels)
+    if annotations is None or not videos:
+        return found
+    rows = list(coin.read_coin(TASK, annotations))
+    splits = {row.split for row in rows if row.video_id in videos}
+    for row in rows:
+        if row.split in splits:
+            found[TASK].update(task.lower() for task in row.tasks)
+            for task in STEPS:
+                found[task].update(moment.text.lower() for moment in row.moments)
+    return found
+
+
+def grade(
+    task: str, answered: Sequence[Answered], annotations: Path | None = None, categories: Collection[str] = ()
+) -> Values:
+    """The numbers of a task, none where no answer is known.
+
+    Ego4D LTA needs the folder of its annotations, COIN the `categories` of the task.
+    """
     known = [one for one in answered if one.dialogue.labels]
     if not known:
         return {}
@@ -55,7 +92,6 @@ def grade(task: str, answered: Sequence[Answered], annotations: Path | None) -> 
         return _lta(known, annotations)
     labels = [[label.lower() for label in one.dialogue.labels] for one in known]
     said = [one.texts[0] for one in known]
-    categories = {label for names in labels for label in names}
     if task in PROCEDURES:
         return {
             "accuracy": published_procedure_accuracy(said, labels, categories),
@@ -82,12 +118,17 @@ def _lta(answered: Sequence[Answered], annotations: Path | None) -> Values:
 
 
 def _reader(annotations: Path | None) -> tuple[lta_metrics.ActionReader, Mapping[tuple[str, bool], lta.Example]]:
+    folder = _taxonomy(annotations)
+    return lta_metrics.ActionReader(lta.read_taxonomy(folder)), lta.read_examples(folder)
+
+
+def _taxonomy(annotations: Path | None) -> Path:
     if annotations is None:
         raise BenchmarkError(
             "answers to Ego4D LTA are graded by its labels: name the dataset in annotations.datasets "
             "(format lta or lta_test; path is the folder of fho_lta_taxonomy.json)"
         )
-    return lta_metrics.ActionReader(lta.read_taxonomy(annotations)), lta.read_examples(annotations)
+    return annotations
 
 
 def _example(one: Answered, examples: Mapping[tuple[str, bool], lta.Example]) -> lta.Example:

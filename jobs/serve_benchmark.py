@@ -31,7 +31,7 @@ import websockets
 from prometheus_client.parser import text_string_to_metric_families
 
 from actors.video import encode_jpeg
-from jobs.engine_benchmark import cpu_name
+from jobs.machine import cpu_name
 
 START_S = 300.0
 DRAIN_S = 120.0

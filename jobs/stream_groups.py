@@ -16,22 +16,26 @@ from jobs.controls import (
     grade,
     oracle,
 )
-from jobs.grader import MODES, Decided, Heard
+from jobs.grader import MODES, Decided, Heard, Live
 from jobs.metrics import Mode, StreamMetrics, summarize
 from jobs.streams import Played
 from jobs.threshold_sweep import timed
-from jobs.timing_metrics import Timing, Window
+from jobs.timing_metrics import Timing, Window, moments_of, timing
 
 ALL = "all streams"
 
 
 @dataclass(frozen=True)
 class GradedStream:
-    """One dialogue's stream: what was to be said, what was heard, and every decision by itself."""
+    """One dialogue's stream: what was to be said, what was heard, and every decision by itself.
+
+    `live` is what was heard at the stream's pace, None where that was not asked for.
+    """
 
     played: Played
     heard: Heard
     decided: Decided
+    live: Live | None = None
 
     def timing(self, window: Window) -> Timing:
         """What was said of its own accord, graded."""
@@ -44,13 +48,25 @@ class GradedStream:
 
 
 @dataclass(frozen=True)
+class LiveTiming:
+    """Streams that went on while the model computed: their timing, and how long after a frame its decision came."""
+
+    timing: Timing
+    lag_p50_s: float
+    lag_p95_s: float
+    decided: int
+    dropped: int
+
+
+@dataclass(frozen=True)
 class Group:
-    """Streams that are added up."""
+    """Streams that are added up; `live` is None where their own pace was not asked for."""
 
     num_dialogues: int
     teacher_forced: dict[Mode, StreamMetrics]
     self_conditioned: Timing
     controls: dict[str, Timing]
+    live: LiveTiming | None = None
 
 
 def groups_of(streams: Sequence[GradedStream], window: Window, interval_s: float) -> dict[str, Group]:
@@ -77,6 +93,24 @@ def _group(streams: Sequence[GradedStream], window: Window, interval_s: float) -
         controls={
             name: grade(control, labelled, window) for name, control in _controls(labelled, window, interval_s).items()
         },
+        live=_live(streams, window),
+    )
+
+
+def _live(streams: Sequence[GradedStream], window: Window) -> LiveTiming | None:
+    lives = [(stream.played, stream.live) for stream in streams if stream.live is not None]
+    lags_s = sorted(lag for _, live in lives for lag in live.lags_s)
+    if not lags_s:
+        return None
+    return LiveTiming(
+        sum(
+            (timing(moments_of(live.said), played.labels, played.duration_s, window) for played, live in lives),
+            start=Timing(),
+        ),
+        lag_p50_s=lags_s[len(lags_s) // 2],
+        lag_p95_s=lags_s[len(lags_s) * 95 // 100],
+        decided=len(lags_s),
+        dropped=sum(live.dropped for _, live in lives),
     )
 
 

@@ -29,9 +29,9 @@ from actors.runtime import limit_threads, native_dtype
 from jobs.annotations import Moment, VideoAnnotation
 from jobs.dataset import TrainingSet
 from jobs.dialogues import DataConfig, Dialogue, narrate
-from jobs.engine_benchmark import cpu_name
 from jobs.frame_store import FrameStore, StoreInfo
 from jobs.learner import Learner
+from jobs.machine import cpu_name
 from jobs.plan import Pick, Plan, step_order
 from jobs.train_report import Arithmetic, TrainReport, Turn
 from jobs.training_config import TrainingConfig, learning_rate

@@ -22,6 +22,7 @@ from jobs.evaluate import main
 from jobs.frame_store import FrameStore
 from jobs.grader import Grader
 from jobs.lta import read_examples, read_lta, read_lta_test
+from jobs.machine import cpu_name
 from jobs.public import READERS
 from jobs.stream_groups import ALL
 
@@ -118,6 +119,8 @@ def test_a_checkpoint_gets_its_numbers_beside_those_of_the_controls(
     assert page in capsys.readouterr().out
     assert "| **model** |" in page
     assert "Trained on" not in page
+    assert "names no video" not in page
+    assert f"{cpu_name()}, torch" in page
     assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == PICTURES
     assert all(f"]({name})" in page for name in PICTURES)
 
@@ -131,6 +134,23 @@ def test_what_is_said_does_not_depend_on_how_many_streams_share_an_engine(
         assert evaluate(f"evaluation.at_once={at_once}", f"evaluation.folder={tmp_path / str(at_once)}") == 0
         results.append(json.loads((tmp_path / str(at_once) / "metrics.json").read_text()))
     assert results[0] == results[1]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_streams_can_go_on_while_the_model_computes(evaluate: Callable[..., int], tmp_path: Path) -> None:
+    assert evaluate("evaluation.thresholds=[]") == 0
+    plain = metrics(tmp_path)["streams"][ALL]
+    assert plain.pop("live") is None
+    assert evaluate("evaluation.thresholds=[]", "evaluation.live=true") == 0
+    group = metrics(tmp_path)["streams"][ALL]
+    live = group.pop("live")
+    assert group == plain
+    assert live["timing"]["labelled"] == plain["self_conditioned"]["labelled"]
+    assert 0 < live["lag_p50_s"] <= live["lag_p95_s"]
+    assert live["decided"] + live["dropped"] == 20
+    rows = [row["live"] for row in predictions(tmp_path)]
+    assert sum(len(row["lags_s"]) for row in rows) == live["decided"]
+    assert "| **model, live** |" in (tmp_path / "out" / "report.md").read_text()
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -199,6 +219,16 @@ def test_videos_of_the_training_are_refused_unless_allowed(
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_a_checkpoint_that_names_no_videos_is_graded_and_the_report_says_so(
+    evaluate: Callable[..., int], trained: Path, tmp_path: Path
+) -> None:
+    settings = json.loads((trained / "settings.json").read_text())
+    (trained / "settings.json").write_text(json.dumps(settings | {"trained_videos": []}))
+    assert evaluate("evaluation.thresholds=[]") == 0
+    assert "names no video that it was trained on" in (tmp_path / "out" / "report.md").read_text()
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_tasks_are_graded_each_and_beside_the_paper(evaluate: Callable[..., int], tmp_path: Path) -> None:
     kitchen, garage = (narrated(name) for name in VIDEOS)
     write_dialogues(tmp_path, [kitchen, garage.model_copy(update={"task": "ego4d_narration"})])
@@ -237,9 +267,10 @@ def benchmarks(datasets: Path, ego4d: Path, store: FrameStore, tmp_path: Path) -
 
 @pytest.mark.usefixtures("no_pictures")
 def test_the_offline_benchmarks_are_answered_and_graded(
-    evaluate: Callable[..., int], benchmarks: list[Dialogue], ego4d: Path, tmp_path: Path
+    evaluate: Callable[..., int], benchmarks: list[Dialogue], datasets: Path, ego4d: Path, tmp_path: Path
 ) -> None:
     formats = {name: {"format": name, "path": str(ego4d), "videos": str(ego4d)} for name in ("lta", "lta_test")}
+    formats["coin"] = {"format": "coin_step", "path": str(datasets / "coin"), "videos": str(datasets)}
     assert evaluate(f"annotations.datasets={json.dumps(formats)}") == 0
     values = metrics(tmp_path)
     assert values["streams"] == {}
@@ -247,6 +278,8 @@ def test_the_offline_benchmarks_are_answered_and_graded(
         assert 0 <= values["offline"][task]["values"]["accuracy"] <= 100
     for task in ("coin_procedure", "coin_taskprocedure"):
         assert values["offline"][task]["values"].keys() == {"accuracy", "corrected_accuracy"}
+    names = [values["offline"][task]["num_categories"] for task in ("coin_step", "coin_next", "coin_task", "lta")]
+    assert names == [12, 12, 4, 0]
     assert values["offline"]["lta"]["num_dialogues"] == 2
     assert values["offline"]["lta"]["values"].keys() == {"verb_aued", "noun_aued", "verb_ed", "noun_ed", "action_ed"}
     rows = {row["dialogue_id"]: row for row in predictions(tmp_path)}
@@ -287,6 +320,15 @@ def test_lta_without_its_annotations_says_what_is_missing(
     write_dialogues(tmp_path, [dialogue for dialogue in benchmarks if dialogue.task == "lta"][:1])
     assert evaluate() == 1
     assert "name the dataset in annotations.datasets" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_threshold_cannot_be_chosen_without_a_stream(
+    evaluate: Callable[..., int], benchmarks: list[Dialogue], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_dialogues(tmp_path, [dialogue for dialogue in benchmarks if dialogue.task == "coin_step"][:1])
+    assert evaluate("evaluation.calibrate=true") == 1
+    assert f"but {tmp_path}/dialogues.jsonl has no stream" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

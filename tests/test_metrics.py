@@ -186,6 +186,25 @@ def test_strict_appends_the_frames_that_follow_even_after_a_reply_without_labels
     assert appended == {"paper": [3.0, 4.0], "strict": [8.0, 9.0]}
 
 
+def test_a_threshold_alone_stays_silent_where_another_token_is_likelier() -> None:
+    kind = template("tiny", "live1plus")
+    dialogue = kind.render([SYSTEM, stream(2), ANSWER])
+    frames = torch.zeros(2, kind.frames.num_tokens, 1)
+
+    def torn(input_ids: Tensor, frames: Tensor, positions: Tensor) -> Tensor:
+        """Speaking is the likeliest with probability 0.55, silence has 0.44."""
+        logits = torch.full((len(positions), kind.frame_id), log(0.01 / (kind.frame_id - 2)))
+        logits[:, kind.silence_id], logits[:, kind.plain.encode("]")[0].id] = log(0.44), log(0.55)
+        return logits
+
+    def first(threshold: float, by_argmax: bool) -> str | None:
+        return evaluate(torn, kind, dialogue, frames, threshold, "strict", by_argmax)[0].outcome
+
+    assert first(0.3, by_argmax=True) == "early"
+    assert first(0.3, by_argmax=False) == "never"
+    assert first(0.5, by_argmax=False) == "early"
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_strict_compares_only_silence_with_the_threshold(version: str) -> None:
     kind = template("tiny", version)

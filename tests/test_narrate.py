@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -81,6 +82,7 @@ def test_a_bad_video_is_named_and_the_others_go_on(
     assert narrate(folder) == 1
     written = capsys.readouterr()
     assert f"failed: {folder}/a.mp4: not a readable video" in written.err
+    assert re.search(rf"^{folder}/deep/b.mp4: \d+ utterances; \d+ s of video in .* x real time$", written.out, re.M)
     assert "1 of 2 videos" in written.out
     assert sorted(path.name for path in (tmp_path / "out").rglob("*.*")) == ["b.jsonl", "b.srt", "b.vtt"]
     assert rows_of(tmp_path / "out" / "deep" / "b.jsonl")[0]["text"] == INSTRUCTION
