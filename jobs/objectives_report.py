@@ -62,7 +62,7 @@ class ObjectivesReport:
         """Seeds in which `streaming` is better than each other objective."""
         by = {(one.objective, one.seed): getattr(one, metric) for one in self.outcomes}
         sign = -1 if metric in LESS_IS_BETTER else 1
-        won = dict.fromkeys((name for name in self.objectives if name != "streaming"), 0)
+        won: dict[str, int] = {name: 0 for name in self.objectives if name != "streaming"}
         for (name, seed), value in by.items():
             ours = by.get(("streaming", seed))
             if name != "streaming" and value is not None and ours is not None:
