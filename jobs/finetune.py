@@ -32,13 +32,19 @@ TEXTS = (".srt", ".vtt", ".jsonl")
 def finetune(config: Config) -> str | None:
     """Dialogues, frame tokens and a trained model of what `annotations.paths` holds; says how to serve it.
 
-    Raises ConfigError where a folder has no video or no text beside one, before anything is computed.
+    Raises ConfigError where a folder has no video or no text beside one, before anything is computed. A video
+    that cannot be encoded is left out, unless `store.strict`.
     """
     paths = config.section("annotations", AnnotationsConfig).paths
     for path in paths:
         check_videos(Path(path))
     build(config)
-    encode(config)
+    try:
+        encode(config)
+    except EncodingError as error:
+        if config.section("store", StoreConfig).strict:
+            raise
+        logger.warning("going on without what failed: %s", error)
     trained = train(config)
     if trained is not None:
         settings = shlex.join([config.source, f"model.checkpoint={trained}"])

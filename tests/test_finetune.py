@@ -9,11 +9,12 @@ import pytest
 
 from actors import checkpoint
 from actors.adapter import read_adapter_config
-from actors.config import ConfigError, load_config
+from actors.config import Config, ConfigError, load_config
 from actors.engine import EngineConfig
 from actors.messages import SessionSettings
 from actors.published import CONFIG_FILE
 from jobs.dialogues import DataConfig
+from jobs.encode_frames import EncodingError
 from jobs.finetune import check_videos, finetune
 from jobs.training_config import TrainingConfig
 
@@ -57,6 +58,22 @@ def test_it_ends_with_commands_that_serve_and_try_the_result(
     assert module == "serve.app"
     assert load_config(settings[0], settings[1:]).model.checkpoint == f"{tmp_path}/my runs/checkpoint"
     assert shlex.split(commands["try it"])[2:] == ["jobs.narrate", str(samples), *settings]
+
+
+def test_a_video_that_cannot_be_encoded_is_left_out_unless_all_are_wanted(
+    samples: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_: Config) -> None:
+        raise EncodingError("1 of 2 videos could not be encoded: cut")
+
+    monkeypatch.setattr("jobs.finetune.build", lambda _: None)
+    monkeypatch.setattr("jobs.finetune.encode", fail)
+    monkeypatch.setattr("jobs.finetune.train", lambda _: "trained")
+    overrides = [f"annotations.paths=[{samples}]"]
+    assert finetune(load_config("configs/finetune.yaml", overrides)) == "trained"
+    assert "going on without what failed: 1 of 2 videos" in caplog.text
+    with pytest.raises(EncodingError, match="1 of 2"):
+        finetune(load_config("configs/finetune.yaml", [*overrides, "store.strict=true"]))
 
 
 def test_the_settings_go_on_from_the_default_model_and_serve_what_they_train() -> None:
