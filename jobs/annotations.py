@@ -269,7 +269,7 @@ def _seconds(clock: re.Match[str]) -> float:
 
 def _beside(path: Path, moments: Sequence[Moment]) -> VideoAnnotation:
     """The row of the video that `path` stands beside; where there is none, `video` names no file."""
-    candidates = [path.with_suffix(suffix) for suffix in VIDEO_SUFFIXES]
+    candidates = [path.with_suffix(case) for suffix in VIDEO_SUFFIXES for case in (suffix, suffix.upper())]
     video = next((file for file in candidates if file.is_file()), candidates[0])
     return VideoAnnotation(video_id=video_id(video), video=str(video), moments=_in_order(moments), source=str(path))
 

@@ -137,9 +137,7 @@ class TrainingSet:
         silent, speaking = stream_weights
         learned = packed.labels != IGNORED
         if not learned.any():
-            raise DatasetError(
-                f"nothing is learned in {', '.join(s.dialogue_id for s in samples)}: raise training.keep_silence"
-            )
+            raise DatasetError(f"nothing is learned in {', '.join(s.dialogue_id for s in samples)}")
         of_frames = torch.where(packed.labels == self.template.silence_id, silent, speaking)
         return PackedSamples(
             dialogue_ids=tuple(sample.dialogue_id for sample in samples),
@@ -162,12 +160,16 @@ class TrainingSet:
         return rendered if limit is None else clip(rendered, limit, self.template.frame_id)
 
     def _thinned(self, sample: Sample, keep: float, seed: str) -> Rendered:
+        """The share `keep` of its silent frames; one of them where nothing would be learned otherwise."""
         draws = random.Random(f"{seed} {sample.dialogue_id}")
         silence, rendered = self.template.silence_id, sample.rendered
-        labels = [
-            IGNORED if frame and label == silence and draws.random() >= keep else label
-            for label, frame in zip(rendered.labels, rendered.at_frame, strict=True)
-        ]
+        labels = list(rendered.labels)
+        silent = [i for i, label in enumerate(labels) if rendered.at_frame[i] and label == silence]
+        for position in silent:
+            if draws.random() >= keep:
+                labels[position] = IGNORED
+        if silent and all(label == IGNORED for label in labels):
+            labels[draws.choice(silent)] = silence
         return replace(rendered, labels=labels)
 
     def _frames(self, dialogue: Dialogue, count: int) -> torch.Tensor:

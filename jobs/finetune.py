@@ -7,6 +7,8 @@ then want another training.name. `make finetune VIDEOS=folder` runs it with conf
 
 from __future__ import annotations
 
+import logging
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,45 +24,63 @@ from jobs.program import run
 from jobs.train import USER_ERRORS, train
 from jobs.training_config import TrainingConfig
 
+logger = logging.getLogger(__name__)
+
 TEXTS = (".srt", ".vtt", ".jsonl")
 
 
 def finetune(config: Config) -> str | None:
     """Dialogues, frame tokens and a trained model of what `annotations.paths` holds; says how to serve it.
 
-    Raises ConfigError where a folder has no video or no text beside one, before anything is computed.
+    Raises ConfigError where a folder has no video or no text beside one, before anything is computed. A video
+    that cannot be encoded is left out, unless `store.strict`.
     """
-    for path in config.section("annotations", AnnotationsConfig).paths:
+    paths = config.section("annotations", AnnotationsConfig).paths
+    for path in paths:
         check_videos(Path(path))
     build(config)
-    encode(config)
+    try:
+        encode(config)
+    except EncodingError as error:
+        if config.section("store", StoreConfig).strict:
+            raise
+        logger.warning("going on without what failed: %s", error)
     trained = train(config)
     if trained is not None:
-        print(
-            f"\\ntrained on {', '.join(config.section('annotations', AnnotationsConfig).paths)}: {trained}\\n"
-            f"serve it:  python -m serve.app {config.source} model.checkpoint={trained} engine.untrained=false\\n"
-            f"try it:    python -m jobs.narrate {config.source} model.checkpoint={trained} --help"
-        )
+        settings = shlex.join([config.source, f"model.checkpoint={trained}"])
+        shown = paths[0] if Path(paths[0]).is_dir() else "VIDEO"
+        print(f"\ntrained on {', '.join(paths)}: {trained}")
+        print(f"serve it:  python -m serve.app {settings}")
+        print(f"try it:    python -m jobs.narrate {shlex.quote(shown)} {settings}")
     return trained
 
 
 def check_videos(folder: Path) -> None:
-    """Raises ConfigError unless a folder has videos with texts beside them."""
+    """Raises ConfigError unless a folder has videos with texts beside them; names a video without.
+
+    A .jsonl may be about any video, so that where there is one nothing is missed.
+    """
     if not folder.is_dir():
         if not folder.exists():
             raise ConfigError(
                 f"{folder}: no such folder; give one that holds videos, each with its .srt, .vtt or .jsonl"
             )
         return
-    videos = [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in VIDEO_SUFFIXES]
-    texts = [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in TEXTS]
+    files = sorted(folder.rglob("*"))
+    videos = [file for file in files if file.suffix.lower() in VIDEO_SUFFIXES]
+    texts = [file for file in files if file.suffix.lower() in TEXTS]
     if not videos:
         raise ConfigError(f"{folder} holds no video ({', '.join(sorted(VIDEO_SUFFIXES))}): nothing to learn from")
-    if not texts:
-        raise ConfigError(
-            f"{folder} holds {len(videos)} videos and no text: put an .srt, .vtt or .jsonl that says what happens when "
-            f"beside each, for example {videos[0].with_suffix('.srt')}"
-        )
+    told = {file.with_suffix("") for file in texts}
+    alone = [video for video in videos if video.with_suffix("") not in told]
+    if any(file.suffix.lower() == ".jsonl" for file in texts) or not alone:
+        return
+    example = "put an .srt, .vtt or .jsonl that says what happens when beside each, for example "
+    example += str(alone[0].with_suffix(".srt"))
+    if len(alone) == len(videos):
+        found = f"no text of the name of one, but {texts[0]}" if texts else "no text"
+        raise ConfigError(f"{folder} holds {len(videos)} videos and {found}: {example}")
+    logger.warning("%d of %d videos have no text and are left out: %s", len(alone), len(videos), example)
 
 
 SECTIONS: Mapping[str, type[Section]] = {

@@ -4,8 +4,8 @@ The shape of its Table 1a at a small scale: the same start, dialogues, order and
 with several seeds, then the streaming metrics by teacher forcing on the validation split. A model of `per_frame` is
 graded in its own form (jobs/per_frame.py). `objectives.folder` gets DATE-objectives.json, .md and .png.
 
-Needs dialogues and frame tokens, as jobs.train does; those of the default model come from
-`python -m jobs.make_streams configs/default_model.yaml`.
+Needs dialogues and frame tokens, as jobs.train does; docs/training.md makes up small ones, with which all takes some
+twenty minutes of one core.
 """
 
 from __future__ import annotations
@@ -15,27 +15,26 @@ import logging
 import sys
 import time
 
-import torch
 from pydantic import Field
+from tqdm import tqdm
 
 from actors import checkpoint
 from actors.config import Config, ModelConfig, Section
 from actors.model import VideoLLM
 from actors.objective import Objective
-from actors.parts import CheckpointError
 from actors.runtime import limit_threads
-from jobs.dataset import DatasetError, TrainingSet
+from jobs.dataset import TrainingSet
 from jobs.dialogues import DataConfig
 from jobs.encode_frames import StoreConfig
-from jobs.frame_store import StoreError
-from jobs.learner import Learner, TrainingError
+from jobs.learner import Learner
 from jobs.machine import cpu_name
 from jobs.metrics import Reply, evaluate, forward_of, summarize
 from jobs.objectives_report import ObjectivesReport, Outcome
 from jobs.per_frame import PerFrameForward
 from jobs.program import run
+from jobs.train import USER_ERRORS
 from jobs.training_config import TrainingConfig
-from jobs.training_run import load_data, load_validation, measured_plan
+from jobs.training_run import check_held_out, load_data, load_validation, measured_plan
 from jobs.training_worker import start
 
 logger = logging.getLogger(__name__)
@@ -53,45 +52,46 @@ class ObjectivesConfig(Section):
 
 
 def compare(config: Config) -> ObjectivesReport:
-    """Train and grade everything, and save the result."""
+    """Train and grade everything; what is done so far is saved each time."""
     settings, training = config.section("objectives", ObjectivesConfig), config.section("training", TrainingConfig)
     limit_threads(training.threads)
-    outcomes = []
-    for seed in settings.seeds:
-        for objective in OBJECTIVES:
-            outcomes.append(train_and_grade(_of(config, objective, seed), settings))
-            logger.info("%s", outcomes[-1])
     report = ObjectivesReport(
         date=time.strftime("%Y-%m-%d"),
         processor=cpu_name(),
         model=config.model.llm,
         start=config.model.checkpoint or "untrained",
         data=config.section("data", DataConfig).folder,
-        steps=training.max_steps or 0,
         batch=training.batch_size,
-        dialogues=settings.dialogues,
+        stream_weight=config.model.stream_loss_weight,
         threshold=settings.threshold,
-        outcomes=outcomes,
+        outcomes=[],
     )
-    report.save(settings.folder)
+    for seed in settings.seeds:
+        for objective in OBJECTIVES:
+            report.outcomes.append(train_and_grade(_of(config, objective, seed), settings))
+            logger.info("%s", report.outcomes[-1].line())
+            report.save(settings.folder)
     print(report.table())
     return report
 
 
 def train_and_grade(config: Config, settings: ObjectivesConfig) -> Outcome:
-    """One objective with one seed, in this process."""
+    """One objective with one seed, in this process. Raises DatasetError where a graded video is trained on."""
     training = config.section("training", TrainingConfig)
-    torch.manual_seed(training.seed)
     loaded = start(config.model, training, "cpu")
     data = load_data(config, loaded.template)
+    check_held_out(config, data)
+    held_out = load_validation(_of(config, "streaming", training.seed), loaded.template)
     learner = Learner(loaded.model, data, measured_plan(data, training), training)
     began, losses, tokens = time.process_time(), [], 0
-    for _ in range(learner.num_steps):
+    shown = tqdm(
+        range(learner.num_steps), desc=f"{training.objective} {training.seed}", disable=not sys.stderr.isatty()
+    )
+    for _ in shown:
         step = learner.take_step()
         losses.append(step.loss)
         tokens += step.tokens
     seconds = time.process_time() - began
-    held_out = load_validation(_of(config, "streaming", training.seed), loaded.template)
     replies = graded(loaded, held_out, training.objective, settings)
     found = summarize(replies, held_out.store.info.fps)
     return Outcome(
@@ -102,6 +102,7 @@ def train_and_grade(config: Config, settings: ObjectivesConfig) -> Outcome:
         lm_ppl=found.lm_ppl,
         lm_correctness=found.lm_correctness,
         outcomes={str(name): count for name, count in found.outcomes.items()},
+        dialogues=len(replies),
         positions=tokens,
         seconds=seconds,
         losses=losses,
@@ -141,6 +142,6 @@ if __name__ == "__main__":
                 "training": TrainingConfig,
                 "objectives": ObjectivesConfig,
             },
-            user_errors=(DatasetError, StoreError, TrainingError, CheckpointError),
+            user_errors=USER_ERRORS,
         )
     )

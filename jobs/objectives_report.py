@@ -20,7 +20,7 @@ LESS_IS_BETTER = {"time_diff", "lm_ppl"}
 
 @dataclass(frozen=True)
 class Outcome:
-    """One objective trained with one seed. `time_diff` in seconds; `positions` trained in `seconds` of CPU."""
+    """One objective trained with one seed: `positions` in `seconds` of CPU; `time_diff` in seconds, of `dialogues`."""
 
     objective: Objective
     seed: int
@@ -29,9 +29,15 @@ class Outcome:
     lm_ppl: float | None
     lm_correctness: float | None
     outcomes: dict[str, int]
+    dialogues: int
     positions: int
     seconds: float
     losses: list[float]
+
+    def line(self) -> str:
+        """For the log."""
+        metrics = " ".join(f"{name}={_cell(_known([getattr(self, name)]))}" for name in METRICS)
+        return f"objective={self.objective} seed={self.seed} {metrics} cpu_s={self.seconds:.0f}"
 
 
 @dataclass(frozen=True)
@@ -43,30 +49,29 @@ class ObjectivesReport:
     model: str
     start: str
     data: str
-    steps: int
     batch: int
-    dialogues: int
+    stream_weight: float
     threshold: float
     outcomes: list[Outcome]
 
     def values(self, objective: Objective, metric: str) -> list[float]:
         """One for each seed that has it."""
-        found = [getattr(one, metric) for one in self.outcomes if one.objective == objective]
-        return [value for value in found if value is not None]
+        return _known([getattr(one, metric) for one in self.outcomes if one.objective == objective])
 
     def wins(self, metric: str) -> dict[str, int]:
         """Seeds in which `streaming` is better than each other objective."""
         by = {(one.objective, one.seed): getattr(one, metric) for one in self.outcomes}
         sign = -1 if metric in LESS_IS_BETTER else 1
-        return {
-            other: sum(
-                sign * by["streaming", seed] > sign * value
-                for (name, seed), value in by.items()
-                if name == other and value is not None and by["streaming", seed] is not None
-            )
-            for other in self.objectives
-            if other != "streaming"
-        }
+        won: dict[str, int] = {name: 0 for name in self.objectives if name != "streaming"}
+        for (name, seed), value in by.items():
+            ours = by.get(("streaming", seed))
+            if name != "streaming" and value is not None and ours is not None:
+                won[name] += sign * ours > sign * value
+        return won
+
+    @property
+    def steps(self) -> int:
+        return max((len(one.losses) for one in self.outcomes), default=0)
 
     @property
     def objectives(self) -> list[Objective]:
@@ -79,7 +84,8 @@ class ObjectivesReport:
             f"# Training objectives, {self.date}",
             "",
             f"{self.model} from `{self.start}`, {self.steps} steps of {self.batch} dialogues of `{self.data}`, "
-            f"{seeds} seeds; {self.dialogues} validation dialogues, teacher-forced, strict, threshold "
+            f"decisions at frames weighted {self.stream_weight:g} times, {seeds} seeds; "
+            f"{max(one.dialogues for one in self.outcomes)} validation dialogues, teacher-forced, strict, threshold "
             f"{self.threshold:g}; {self.processor}",
             "",
             "| | " + " | ".join(METRICS.values()) + " | positions | CPU s | replies |",
@@ -105,7 +111,7 @@ class ObjectivesReport:
         """Write DATE-objectives.json, .md and .png."""
         path = Path(folder) / f"{self.date}-objectives"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".json").write_text(json.dumps(asdict(self), indent=1) + "\n")
+        path.with_suffix(".json").write_text(json.dumps(asdict(self) | {"steps": self.steps}, indent=1) + "\n")
         path.with_suffix(".md").write_text(self.table() + f"\n\n![metrics and losses]({path.name}.png)\n")
         self._plot(path.with_suffix(".png"))
 
@@ -127,6 +133,10 @@ class ObjectivesReport:
         curves.set_xlabel("step")
         figure.suptitle(f"{self.steps} steps of {self.batch} dialogues; a dot a seed", fontsize=10)
         figure.savefig(path, dpi=90)
+
+
+def _known(values: list[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
 
 
 def _cell(values: list[float]) -> str:

@@ -54,6 +54,12 @@ def test_srt_cues_become_moments_of_the_video_beside_them(tmp_path: Path) -> Non
     assert said(annotation) == [(1.5, 4.0, "You cut the onion."), (62.25, 63.0, "You wash it.")]
 
 
+def test_a_camera_may_have_named_its_video_in_capitals(tmp_path: Path) -> None:
+    (tmp_path / "IMG_0001.MOV").touch()
+    annotation = only(write(tmp_path / "IMG_0001.srt", SRT))
+    assert (annotation.video_id, annotation.video) == ("IMG_0001", str(tmp_path / "IMG_0001.MOV"))
+
+
 @pytest.mark.parametrize("change", [("\n", "\r\n"), ("1\n00", "00"), (",", "."), ("1\n00", "\ufeff1\n00")])
 def test_common_variants_of_srt_read_the_same(tmp_path: Path, change: tuple[str, str]) -> None:
     plain = said(only(write(tmp_path / "plain.srt", SRT)))

@@ -105,6 +105,23 @@ def test_some_silent_frames_are_left_out_others_in_every_epoch(store: FrameStore
     assert torch.equal(again, epochs[5].packed.labels)
 
 
+def test_a_dialogue_of_silence_only_keeps_a_frame_of_it(store: FrameStore, template: Template) -> None:
+    """Else a pack of it would have no label, and whether a run goes through would depend on how packs are made."""
+    silent = {"role": "stream", "num_frames": 6, "learn": 5}  # what comes after the last one is not known
+    quiet = narrated("abcd").model_copy(update={"frames": (0, 6)}).model_dump() | {"conversation": [silent]}
+    data = TrainingSet([Dialogue.model_validate(quiet)], store, template)
+    packs = [data.packed([Pick(0, epoch)], keep_silence=1e-9).packed.labels for epoch in range(8)]
+    assert [int((labels != -100).sum()) for labels in packs] == [1] * 8
+    assert len({tuple(labels.tolist()) for labels in packs}) > 1
+
+
+def test_a_pack_without_a_label_is_refused_by_name(store: FrameStore, template: Template) -> None:
+    quiet = narrated("abcd").model_dump() | {"frames": (0, 3), "conversation": [{"role": "stream", "num_frames": 3}]}
+    data = TrainingSet([Dialogue.model_validate(quiet)], store, template)
+    with pytest.raises(DatasetError, match="nothing is learned in abcd-narration-0"):
+        data.packed([Pick(0, 0)])
+
+
 def test_labels_at_frames_have_the_weight_of_their_kind(store: FrameStore, template: Template) -> None:
     data = TrainingSet([narrated("abcd")], store, template)
     pack, rendered = data.packed([Pick(0, 0)], stream_weights=(0.25, 4)), data[0].rendered

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
+import torch.distributed
 from training_data import narrated, untrained_config, write_store
 
 from actors import checkpoint
@@ -13,11 +19,13 @@ from actors.adapter import AdapterConfig
 from actors.config import ConfigError, ModelConfig
 from jobs.dataset import TrainingSet
 from jobs.frame_store import FrameStore
-from jobs.learner import Learner, TrainingError
+from jobs.learner import Learner, Step, TrainingError
 from jobs.plan import Plan
 from jobs.training_config import TrainingConfig, learning_rate
 
 VIDEOS = ["ab", "abcd", "abcdef", "abcdefghij"]
+ResultT = TypeVar("ResultT")
+
 ADAPTER = AdapterConfig(rank=4, alpha=8, dropout=0)
 
 
@@ -55,6 +63,109 @@ def gradients(*learners: Learner) -> dict[str, torch.Tensor]:
         for name, parameter in learner.parameters.items():
             total[name] = total.get(name, 0) + parameter.grad
     return {name: gradient / labels for name, gradient in total.items()}
+
+
+class Workers:
+    """Learners of one run, a thread each, whose sums go through gloo as those of processes do."""
+
+    def __init__(self, learners: list[Learner], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.learners = learners
+        self._own = threading.local()
+        self._groups: list[torch.distributed.ProcessGroupGloo] = []
+        store = torch.distributed.HashStore()
+
+        def connect(rank: int) -> torch.distributed.ProcessGroupGloo:
+            return torch.distributed.ProcessGroupGloo(store, rank, len(learners), timedelta(seconds=120))
+
+        for rank, learner in enumerate(learners):
+            learner.rank, learner.workers = rank, len(learners)
+        self._groups = self._each(connect)
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: self._own.group.allreduce([tensor]).wait())
+
+    def take_step(self) -> Step:
+        """One step of all, who must agree on what it was and on every bit of what was learned."""
+        first, *others = self._each(lambda rank: self.learners[rank].take_step())
+        assert others == [first] * len(others)
+        one, *rest = map(parameters, self.learners)
+        assert all(torch.equal(one[name], another[name]) for another in rest for name in one)
+        return first
+
+    def _each(self, act: Callable[[int], ResultT]) -> list[ResultT]:
+        def run(rank: int) -> ResultT:
+            self._own.group = self._groups[rank] if self._groups else None
+            return act(rank)
+
+        with ThreadPoolExecutor(len(self.learners)) as threads:
+            return list(threads.map(run, range(len(self.learners))))
+
+
+def watched(learner: Learner) -> dict[str, torch.Tensor]:
+    """The gradients that the optimizer is given, always those of the latest step."""
+    seen = dict[str, torch.Tensor]()
+
+    def note(*_: object) -> None:
+        seen.update({name: parameter.grad.clone() for name, parameter in learner.parameters.items()})
+
+    learner.optimizer.register_step_pre_hook(note)
+    return seen
+
+
+def check_same(found: Learner, wanted: Learner) -> None:
+    """Every single element of what was learned, to 1e-5."""
+    for name, parameter in parameters(wanted).items():
+        torch.testing.assert_close(parameters(found)[name], parameter, rtol=0, atol=1e-5)
+
+
+# Adam's steps have one size even where a gradient is hardly more than rounding, so that an element without a real one
+# may be off by some of its learning rate: 1e-3 is five times the recipes'.
+SHARED = {"learning_rate": 1e-3, "max_steps": 8}
+
+
+@pytest.mark.parametrize(("workers", "pack_tokens"), [(2, 200), (3, 400)])
+def test_any_number_of_workers_learns_the_same(
+    learner_of, monkeypatch: pytest.MonkeyPatch, workers: int, pack_tokens: int
+) -> None:
+    """Also where one has no pack; what each optimizer is given is compared before it divides by its size."""
+    alone = learner_of(pack_tokens=pack_tokens, **SHARED)
+    team = Workers([learner_of(pack_tokens=pack_tokens, **SHARED) for _ in range(workers)], monkeypatch)
+    shares = [alone.plan.share(0, rank, workers) for rank in range(workers)]
+    assert all(shares) == (workers == 2)
+    wanted, found = watched(alone), watched(team.learners[0])
+    before = parameters(alone)
+    for number in range(8):
+        step, shared = alone.take_step(), team.take_step()
+        assert (shared.loss, shared.gradient_norm) == pytest.approx((step.loss, step.gradient_norm), rel=1e-5)
+        for name, gradient in wanted.items():
+            # From the second step on they are gradients at parameters that differ by rounding.
+            assert (found[name] - gradient).norm() <= (1e-4 if number else 1e-6) * gradient.norm(), name
+    check_same(team.learners[0], alone)
+    assert any((parameter - before[name]).abs().max() > 4e-3 for name, parameter in parameters(alone).items())
+
+
+def test_the_same_number_of_workers_learns_the_same_to_the_bit(learner_of, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+    for _ in range(2):
+        team = Workers([learner_of(pack_tokens=200) for _ in range(2)], monkeypatch)
+        runs.append(([team.take_step() for _ in range(3)], parameters(team.learners[0])))
+    (steps, once), (again, twice) = runs
+    assert steps == again
+    assert all(torch.equal(once[name], twice[name]) for name in once)
+
+
+def test_a_run_goes_on_with_another_number_of_workers(
+    learner_of, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    straight = learner_of(pack_tokens=200, **SHARED)
+    steps = [straight.take_step() for _ in range(6)]
+    team = Workers([learner_of(pack_tokens=200, **SHARED) for _ in range(2)], monkeypatch)
+    for _ in range(3):
+        team.take_step()
+    team.learners[1].save(tmp_path / "learner.pt")
+    alone = learner_of(pack_tokens=200, **SHARED)
+    alone.restore(tmp_path / "learner.pt")
+    again = [alone.take_step() for _ in range(3)]
+    assert [step.loss for step in again] == pytest.approx([step.loss for step in steps[3:]], rel=1e-5)
+    check_same(alone, straight)
 
 
 @pytest.mark.parametrize("pack_tokens", [1, 400])

@@ -12,9 +12,11 @@ from training_data import narrated, untrained_config, write_store
 from actors import checkpoint
 from actors.config import Config, ModelConfig
 from actors.dialogue import Template
-from actors.objective import taught
+from actors.objective import Objective, taught
+from jobs.dataset import DatasetError
 from jobs.dialogue_files import to_line
 from jobs.objectives import compare
+from jobs.objectives_report import ObjectivesReport, Outcome
 from jobs.per_frame import PerFrameForward
 
 
@@ -78,8 +80,38 @@ def test_all_objectives_are_trained_and_graded(tiny_configs: dict[str, ModelConf
     }
     report = compare(Config(sections, "test"))
     assert [one.objective for one in report.outcomes] == ["per_frame", "interleaved", "streaming"]
+    assert {(one.dialogues, len(one.losses)) for one in report.outcomes} == {(1, 1)}
     assert {sum(one.outcomes.values()) for one in report.outcomes} == {2}  # the first of three answers a question
     (saved,) = (tmp_path / "found").glob("*-objectives.json")
     assert len(json.loads(saved.read_text())["outcomes"]) == 3
     assert saved.with_suffix(".png").is_file()
-    assert "streaming is better than" in saved.with_suffix(".md").read_text()
+    told = saved.with_suffix(".md").read_text()
+    assert "1 steps of 2 dialogues" in told
+    assert "streaming is better than per_frame in" in told
+
+    seen = to_line(narrated("abcd"))
+    (tmp_path / "dialogues" / "validation.jsonl").write_text(seen)
+    with pytest.raises(DatasetError, match="1 videos are in training and validation, such as 'abcd'"):
+        compare(Config(sections, "test"))
+
+
+def outcome(objective: Objective, seed: int, time_diff: float | None) -> Outcome:
+    return Outcome(objective, seed, time_diff, 0.5, None, 0.5, {"late": 2}, 3, 100, 1.5, [2.0, 1.0])
+
+
+def test_a_win_needs_both_values_and_may_be_counted_before_all_are_trained(tmp_path: Path) -> None:
+    found = [
+        outcome("per_frame", 0, 2.0),
+        outcome("interleaved", 0, None),
+        outcome("streaming", 0, 1.0),
+        outcome("per_frame", 1, 0.5),
+        outcome("streaming", 1, 1.0),
+        outcome("per_frame", 2, 9.0),
+    ]
+    report = ObjectivesReport("2026-01-02", "a processor", "m", "s", "d", 4, 3, 0.5, found)
+    assert report.wins("time_diff") == {"per_frame": 1, "interleaved": 0}
+    assert report.wins("fluency") == {"per_frame": 0, "interleaved": 0}
+    assert "| streaming | 1 ± 0 | 0.5 ± 0 | none | 0.5 ± 0 |" in report.table()
+    report.save(str(tmp_path))
+    assert json.loads((tmp_path / "2026-01-02-objectives.json").read_text())["steps"] == 2
+    assert found[1].line().startswith("objective=interleaved seed=0 time_diff=none fluency=0.5")

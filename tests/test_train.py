@@ -136,31 +136,22 @@ def test_videos_with_subtitles_become_a_servable_checkpoint(settings_of, samples
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_two_workers_learn_what_one_process_learns(prepared, tmp_path: Path) -> None:
-    config = prepared(workers=2)
+    """Losses, norms of gradients and every parameter; tests/test_learner.py says why at this rate."""
+    config = prepared(workers=2, learning_rate=1e-3)
     folder = train(config)
 
     learner = learner_of(config)
-    steps = []
-    # Adam makes steps of one size even of gradients that are hardly more than rounding: such elements may differ.
-    learnt = {name: torch.ones_like(parameter, dtype=torch.bool) for name, parameter in learner.parameters.items()}
-    for _ in range(8):
-        steps.append(learner.take_step())
-        for name, parameter in learner.parameters.items():
-            size = learner.optimizer.state[parameter]["exp_avg_sq"].sqrt()
-            learnt[name] &= (size > 1e-2 * size.max()) | (size.max() == 0)
+    steps = [learner.take_step() for _ in range(8)]
 
     records = read_log(run_folder(config))
     assert [record["loss"] for record in records] == pytest.approx([step.loss for step in steps], rel=1e-5)
+    norms = [record["gradient_norm"] for record in records]
+    assert norms == pytest.approx([step.gradient_norm for step in steps], rel=1e-5)
     assert records[-1]["loss"] < 0.8 * records[0]["loss"]
     trained = checkpoint.load(folder, merged=False)
     assert trained.trained_videos == VIDEOS
-    compared, there_are = 0, 0
     for name, parameter in learner.parameters.items():
-        chosen = learnt[name]
-        pair = trained.model.get_parameter(name)[chosen], parameter.detach()[chosen]
-        torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-5)
-        compared, there_are = compared + int(chosen.sum()), there_are + chosen.numel()
-    assert compared > there_are * 2 / 3
+        torch.testing.assert_close(trained.model.get_parameter(name), parameter.detach(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
