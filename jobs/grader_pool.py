@@ -117,4 +117,4 @@ def _fitting(engine: EngineConfig) -> int:
     resources = ray.cluster_resources()
     if engine.device.startswith("cuda"):
         return max(1, int(resources.get("GPU", 0)))
-    return max(1, int(resources["CPU"]) // engine.threads)
+    return max(1, int(resources.get("CPU", 0)) // engine.threads)  # a head without work has none
