@@ -169,6 +169,13 @@ def test_whatever_is_mounted_and_every_secret_is_named_in_one_place() -> None:
                 assert secret is None or (secret["name"], secret["key"] in keys) == ("videollm", True), where
 
 
+def test_every_image_of_ours_is_where_the_documented_command_puts_the_registry() -> None:
+    [pattern] = re.findall(r'sed "s\|([^|]*)\|\$REGISTRY/', (REPOSITORY / "docs" / "clusters.md").read_text())
+    for where, spec in pods():
+        for container in spec["containers"]:
+            assert container["image"].startswith((pattern, "valkey/valkey:")), where
+
+
 def test_budgets_and_policies_choose_pods_that_exist() -> None:
     labels = []
     for _, document in documents():
