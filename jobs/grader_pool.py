@@ -64,9 +64,10 @@ class Actors:
     def __init__(self, config: Config, workers: int) -> None:
         engine = config.section("engine", EngineConfig)
         connect(max(os.cpu_count() or 1, workers * engine.threads + 1))
+        gpus = float(engine.device.startswith("cuda"))
         actor = ray.remote(Grader).options(
-            num_cpus=cpus_of_one(engine.threads),
-            num_gpus=float(engine.device.startswith("cuda")),
+            num_cpus=cpus_of_one(engine.threads, gpus),
+            num_gpus=gpus,
             max_restarts=RESTARTS,
             max_task_retries=RESTARTS,
         )
