@@ -239,7 +239,7 @@ def read_settings(folder: str | Path) -> Settings:
 
 
 def checkpoint_folder(name: str) -> Path:
-    """The folder of a checkpoint named by folder or hub name, or of the one that comes with this package.
+    """The folder of a checkpoint named by folder, URL or hub name, or of the one that comes with this package.
 
     Raises WeightsError where there is none.
     """

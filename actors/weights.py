@@ -1,6 +1,6 @@
 """Where weights come from and which ones they are.
 
-A model is named by a folder or a hub name; either becomes a local folder of safetensors. Its digest says
+A model is named by a folder, a URL of one, or a hub name; any becomes a local folder of safetensors. Its digest says
 which weights they are, and goes into the fingerprints by which frame-token stores, checkpoints and
 replicas recognise each other.
 """
@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 
 from actors.cache import cache_folder
 from actors.config import FrameConfig
+from actors.remote import RemoteError, is_remote, remote_folder
 
 _WANTED = ["*.json", "*.safetensors", "*.txt", "*.model"]
 _NOTED_BYTES = 50_000_000  # below, reading the file is as quick as reading the note
@@ -38,14 +39,17 @@ class WeightsError(ValueError):
 
 
 def weights_folder(name: str) -> Path:
-    """The local folder of a model named by folder or hub name, downloaded if the hub is reachable.
+    """The local folder of a model named by folder, URL or hub name; of the latter two a copy in a cache.
 
-    Raises WeightsError for a name that is neither, a gated model without a token, and pickled weights.
+    Raises WeightsError for a name that is none of them, a gated model without a token, and pickled weights.
     """
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
+    if is_remote(name):
+        folder = _from_url(name)
+    elif not (folder := Path(name).expanduser()).is_dir():
         if folder.is_absolute() or name.startswith((".", "~")):
-            raise WeightsError(f"{name} is no folder: give a folder, a hub name such as org/model, or 'embedded'")
+            raise WeightsError(
+                f"{name} is no folder: give a folder, a URL, a hub name such as org/model, or 'embedded'"
+            )
         folder = _from_hub(name)
     weight_files(folder)
     return folder
@@ -96,6 +100,13 @@ def check_safetensors(path: Path) -> None:
         raise WeightsError(
             f"{path} ({path.stat().st_size} bytes) is no complete safetensors file ({error}): copy or save it again"
         ) from None
+
+
+def _from_url(url: str) -> Path:
+    try:
+        return remote_folder(url, _WANTED)
+    except RemoteError as error:
+        raise WeightsError(str(error)) from None
 
 
 def _from_hub(name: str) -> Path:

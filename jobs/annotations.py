@@ -28,7 +28,7 @@ from typing import Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from actors.config import ConfigError, Section
-from jobs.remote_files import is_remote
+from actors.remote import is_remote
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".mpg", ".mpeg", ".m4v")
 

@@ -110,14 +110,14 @@ class DeviceShare:
     memory: float
 
     def streams(self, weights_share: float, busy: float) -> tuple[int, str]:
-        """Most streams of a device, and what bounds them; reading weights takes `weights_share` of the bandwidth."""
-        bounds = {
-            "arithmetic": busy / self.arithmetic,
-            "bandwidth": max(busy - weights_share, 0) / self.bandwidth,
-            "KV memory": 1 / self.memory,
-        }
-        name = min(bounds, key=lambda bound: bounds[bound])
-        return int(bounds[name]), name
+        """Most streams of a device, and what bounds them; reading weights takes `weights_share` of its time.
+
+        Arithmetic and reading take turns, as in jobs/capacity_check.py, which a benchmark bears out.
+        """
+        in_time, in_memory = max(busy - weights_share, 0) / (self.arithmetic + self.bandwidth), 1 / self.memory
+        if in_memory <= in_time:
+            return int(in_memory), "KV memory"
+        return int(in_time), "arithmetic" if self.arithmetic > self.bandwidth else "bandwidth"
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,11 @@ class Plan:
         return self.price_per_hour / self.streams
 
 
+def flop_of_position(served: ServedConfig, context: float) -> float:
+    """Arithmetic for one position behind `context` others."""
+    return 2 * served.parameters + 4 * served.layers * served.width * context
+
+
 def llm_share(load: LoadConfig, served: ServedConfig, machine: MachineConfig) -> DeviceShare:
     """Of one device, for one stream."""
     responses = load.responses_per_minute / 60
@@ -153,7 +158,6 @@ def llm_share(load: LoadConfig, served: ServedConfig, machine: MachineConfig) ->
     appended = load.fps * served.frame_positions + spoken
     rebuilt = appended * served.kept / (served.window - served.kept)
     context = (served.window + served.kept) / 2
-    flop = 2 * served.parameters + 4 * served.layers * served.width * context
     read = (load.fps + spoken) * context * served.kv_bytes
     free = (machine.memory_gb - RESERVE_GB - served.weights_gb) * 1e9
     if free <= served.window * served.kv_bytes:
@@ -162,7 +166,7 @@ def llm_share(load: LoadConfig, served: ServedConfig, machine: MachineConfig) ->
             f"one context of {served.window} positions: a larger device, or a smaller window"
         )
     return DeviceShare(
-        (appended + rebuilt) * flop / (machine.tflops * 1e12 * machine.llm_reached),
+        (appended + rebuilt) * flop_of_position(served, context) / (machine.tflops * 1e12 * machine.llm_reached),
         read / (machine.bandwidth_gb_s * 1e9 * machine.bandwidth_reached),
         served.window * served.kv_bytes / free,
     )
@@ -200,6 +204,8 @@ def plan(streams: int, load: LoadConfig, served: ServedConfig, machine: MachineC
     per_llm, bound = streams_per_llm(load, served, machine)
     if not per_llm:
         raise ValueError(f"a {machine.name} is too slow for one stream of {load.fps:g} frames a second: {bound}")
+    if (by_core := int(machine.busy * 1e6 / (load.fps * costs.owner_us))) < per_llm:
+        per_llm, bound = max(by_core, 1), "the replica's core"
     per_encoder = frames_per_encoder(served, machine)
     encoders = cells * (math.ceil(each * load.fps / per_encoder) + machine.spare)
     llms = cells * (math.ceil(each / per_llm) + machine.spare)
@@ -215,7 +221,7 @@ def plan(streams: int, load: LoadConfig, served: ServedConfig, machine: MachineC
     gateways = cells * (
         math.ceil(each * load.fps * gateway_us / (1e6 * machine.busy * machine.gateway_cores)) + machine.spare
     )
-    decode_cores = math.ceil(frames * machine.decode_ms / 1000 / machine.busy)
+    decode_cores = math.ceil(frames * (machine.decode_ms / 1000 + costs.encoder_us / 1e6) / machine.busy)
     moved = 2 * load.image_kb * 1000 + 2 * served.frame_tokens_bytes
     price = (
         (encoders + llms) * machine.gpu_price

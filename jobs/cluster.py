@@ -37,10 +37,12 @@ def is_local() -> bool:
     return "RAY_ADDRESS" not in os.environ
 
 
-def cpus_of_one(wanted: float) -> float:
+def cpus_of_one(wanted: float, gpus: float = 0) -> float:
     """CPUs to reserve for an actor of `wanted` threads: no more than a machine of the cluster has, or it never starts.
 
-    A cluster whose machines have no CPUs yet (a head without work that will grow) is asked for all of them.
+    Of machines with `gpus` GPUs for an actor that needs these. A cluster whose machines have no CPUs yet (a head
+    without work that will grow) is asked for all of them.
     """
-    largest = max((node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
+    fitting = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU", 0) >= gpus]
+    largest = max((resources.get("CPU", 0.0) for resources in fitting), default=0.0)
     return min(wanted, largest) if largest else wanted

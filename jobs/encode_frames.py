@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from actors.config import Config, ModelConfig
 from actors.encoder import EncoderConfig
+from actors.remote import RemoteError
 from actors.video import VideoError
 from actors.vision import VisionError, vision_fingerprint, vision_width
 from actors.weights import WeightsError
@@ -36,7 +37,7 @@ from jobs.feature_import import take_over
 from jobs.frame_chunks import Row, StoreConfig, encoded_chunks
 from jobs.frame_store import FrameStore, StoreError, StoreInfo, VideoWriter
 from jobs.program import run
-from jobs.remote_files import RemoteError, local_copy
+from jobs.remote_files import local_copy
 from jobs.video_files import find_videos
 
 __all__ = ["EncodingError", "StoreConfig", "encode"]

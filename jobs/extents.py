@@ -6,11 +6,12 @@ import math
 from functools import lru_cache
 from pathlib import Path
 
+from actors.remote import RemoteError
 from actors.video import VideoError, VideoInfo, probe
 from jobs.annotations import VideoAnnotation
 from jobs.clock import Extent
 from jobs.dataset_files import FEATURES_SUFFIX
-from jobs.remote_files import RemoteError, local_copy
+from jobs.remote_files import local_copy
 
 
 def extent_of(annotation: VideoAnnotation, fps: float) -> Extent:

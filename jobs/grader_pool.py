@@ -65,9 +65,10 @@ class Actors:
     def __init__(self, config: Config, workers: int) -> None:
         engine = config.section("engine", EngineConfig)
         connect(max(os.cpu_count() or 1, workers * engine.threads + 1))
+        gpus = float(engine.device.startswith("cuda"))
         actor = ray.remote(Grader).options(
-            num_cpus=cpus_of_one(engine.threads),
-            num_gpus=float(engine.device.startswith("cuda")),
+            num_cpus=cpus_of_one(engine.threads, gpus),
+            num_gpus=gpus,
             max_restarts=RESTARTS,
             max_task_retries=RESTARTS,
         )
@@ -118,4 +119,4 @@ def _fitting(engine: EngineConfig) -> int:
     resources = ray.cluster_resources()
     if engine.device.startswith("cuda"):
         return max(1, int(resources.get("GPU", 0)))
-    return max(1, int(resources["CPU"]) // engine.threads)
+    return max(1, int(resources.get("CPU", 0)) // engine.threads)  # a head without work has none

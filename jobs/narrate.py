@@ -124,7 +124,7 @@ def _on_cluster(request: Request) -> Iterator[Outcome]:
         fn_constructor_args=(request.config, request.questions, request.burns),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(request.workers, len(rows))),
-        num_cpus=cpus_of_one(cpus),
+        num_cpus=cpus_of_one(cpus, gpus),
         num_gpus=gpus or None,
     )
     with tqdm(total=len(rows), unit="video", disable=None, file=sys.stderr) as bar:

@@ -1,4 +1,4 @@
-"""Files behind URLs: s3:// and gs:// through pyarrow, http(s):// and whatever else fsspec knows.
+"""Videos and lists of them behind URLs.
 
 A video is decoded from a local copy, which lives as long as it is being read: seeking over a network
 would fetch it several times. So the space in use is one video for each that is being decoded.
@@ -14,37 +14,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-import fsspec
-import pyarrow.fs
-from fsspec.implementations.arrow import ArrowFSWrapper
+from actors.remote import RemoteError, file_system, is_remote, reason
 
 logger = logging.getLogger(__name__)
 
 TRIES = 3
 FIRST_PAUSE_S = 0.5
-BY_PYARROW = ("s3", "gs", "gcs")
-
-
-class RemoteError(OSError):
-    """A URL cannot be read or listed; names it and the reason."""
-
-
-def is_remote(path: str | Path) -> bool:
-    """Whether `path` is a URL."""
-    return "://" in str(path)
-
-
-def file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """What reads `url`, and the path it is known by there. Raises RemoteError for a scheme nobody reads."""
-    scheme = url.partition("://")[0]
-    try:
-        if scheme in BY_PYARROW:
-            files, path = pyarrow.fs.FileSystem.from_uri(url.replace("gcs://", "gs://", 1))
-            return ArrowFSWrapper(files), path
-        files, path = fsspec.core.url_to_fs(url)
-    except (ValueError, ImportError, OSError) as error:
-        raise RemoteError(f"{url}: {_reason(error)}") from None
-    return files, path
 
 
 def list_files(url: str) -> list[str]:
@@ -61,7 +36,7 @@ def list_files(url: str) -> list[str]:
         else:
             found = files.find(path)
     except Exception as error:  # each file system has exceptions of its own
-        raise RemoteError(f"{url} cannot be listed: {_reason(error)}") from None
+        raise RemoteError(f"{url} cannot be listed: {reason(error)}") from None
     if not found:
         raise RemoteError(f"{url}: there is no such file, or nothing in it")
     scheme = url.partition("://")[0]
@@ -89,8 +64,8 @@ def local_copy(path: str, folder: str | None = None) -> Iterator[Path]:
                 raise
             except Exception as error:  # each file system has exceptions of its own
                 if isinstance(error, FileNotFoundError) or not tries_left:
-                    raise RemoteError(f"{path} cannot be fetched: {_reason(error)}") from None
-                logger.warning("fetching %s again, it failed: %s", path, _reason(error))
+                    raise RemoteError(f"{path} cannot be fetched: {reason(error)}") from None
+                logger.warning("fetching %s again, it failed: %s", path, reason(error))
                 time.sleep(FIRST_PAUSE_S * 2 ** (TRIES - tries_left))
         yield copy
 
@@ -99,7 +74,3 @@ def _fetch(url: str, copy: Path) -> None:
     files, path = file_system(url)
     with files.open(path, "rb") as source, copy.open("wb") as target:
         shutil.copyfileobj(source, target, 1 << 20)
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

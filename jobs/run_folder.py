@@ -14,7 +14,7 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.arrow import ArrowFSWrapper
 from fsspec.implementations.local import LocalFileSystem
 
-from jobs.remote_files import file_system, is_remote
+from actors.remote import file_system, is_remote
 
 
 class RunFolder:

@@ -35,6 +35,7 @@ from actors.cache import CacheError, whole_folder
 from actors.config import Config, ModelConfig, Section
 from actors.embedded import EmbeddedModelError
 from actors.parts import CheckpointError
+from actors.remote import RemoteError
 from actors.turns import DialogueError
 from actors.weights import WeightsError
 from jobs.cluster import connect, is_local
@@ -46,7 +47,6 @@ from jobs.estimate import dry_run
 from jobs.frame_store import StoreError
 from jobs.learner import TrainingError
 from jobs.program import run
-from jobs.remote_files import RemoteError
 from jobs.run_folder import RunFolder
 from jobs.training_config import MORE_IS_BETTER, Metric, TrainingConfig
 from jobs.training_log import METRICS_FILE, plot_log

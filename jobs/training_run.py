@@ -16,6 +16,7 @@ from actors import checkpoint
 from actors.causal_lm import causal_lm_folder, load_tokenizer
 from actors.config import Config, ConfigError
 from actors.dialogue import Template
+from actors.remote import is_remote
 from actors.vision import vision_fingerprint
 from jobs.dataset import DatasetError, TrainingSet
 from jobs.dialogue_files import read_dialogues, to_line
@@ -23,7 +24,6 @@ from jobs.dialogues import DataConfig
 from jobs.encode_frames import StoreConfig
 from jobs.frame_store import FrameStore
 from jobs.plan import Plan
-from jobs.remote_files import is_remote
 from jobs.run_folder import RunFolder
 from jobs.training_config import FREE, TrainingConfig
 

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from actors.config import ConfigError
+from actors.remote import RemoteError, is_remote
 from jobs.annotations import VIDEO_SUFFIXES, video_id
 from jobs.dataset_files import FEATURES_SUFFIX
 from jobs.dialogue_files import PARQUET, read_videos
 from jobs.dialogues import SPLITS
-from jobs.remote_files import RemoteError, is_remote, list_files
+from jobs.remote_files import list_files
 
 SUFFIXES = (*VIDEO_SUFFIXES, FEATURES_SUFFIX)
 

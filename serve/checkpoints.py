@@ -20,7 +20,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def serving(config: Config, checkpoint: str, chosen: bool) -> Config:
-    """`config` for this checkpoint, a folder or a hub name; `chosen` says that its model section was asked for.
+    """`config` for this checkpoint, a folder, a URL or a hub name; `chosen` says that its model section was asked for.
 
     Raises CheckpointError and WeightsError saying what was found and what is expected.
     """

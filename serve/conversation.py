@@ -135,6 +135,13 @@ class Conversation:
         """Frames that came and are not decided."""
         return len(self._frames) + max(0, self.counts.admitted - self._next_undecided)
 
+    @property
+    def lag_s(self) -> float:
+        """How long ago the oldest frame came that is not decided; 0 where none waits, or is meant to: no live video."""
+        if self.drop_policy == "block" or not self._received_at:
+            return 0.0
+        return time.monotonic() - min(self._received_at.values())
+
     def info_of(self, settings: SessionSettings) -> SessionInfo:
         """Those settings as clients see them."""
         return shown(self.id, self._fingerprint, settings, self.include, self.drop_policy)

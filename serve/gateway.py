@@ -190,10 +190,12 @@ class Gateway:
 
     def _figures(self) -> list[Metric]:
         behind = [conversation.behind for conversation in self._conversations]
+        lag_s = max((conversation.lag_s for conversation in self._conversations), default=0.0)
         return [
             gauge("sessions", "Sessions that a gateway shows or an LLM replica holds", len(behind)),
             gauge("frames_behind_live", "Frames that came and are not decided, of all sessions", sum(behind)),
             gauge("frames_behind_live_max", "The same of the session that is furthest behind", max(behind, default=0)),
+            gauge("lag_seconds_max", "Age of the oldest frame of live video that is not decided", lag_s),
         ]
 
     async def draining_connections(self) -> int:

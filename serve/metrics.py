@@ -1,7 +1,7 @@
 """What a gateway measures of itself, and the metrics of all replicas as one page for Prometheus.
 
 Every replica's report brings its own metrics (actors/meters.py declares those of encoders and LLMs);
-any gateway shows those of all, told apart by `role` and `replica`. docs/api.md lists them.
+any gateway shows those of all, told apart by `role` and `replica`. docs/monitoring.md lists them.
 """
 
 from __future__ import annotations

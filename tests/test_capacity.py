@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from jobs import capacity
 from jobs.capacity_check import check_benchmark
-from jobs.capacity_model import LoadConfig, MachineConfig, RedisCosts, ServedConfig, plan, streams_per_llm
+from jobs.capacity_model import LoadConfig, MachineConfig, RedisCosts, ServedConfig, llm_share, plan, streams_per_llm
 from jobs.capacity_redis import load_costs
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -41,6 +41,8 @@ def test_a_device_is_never_given_more_than_its_time_and_memory(fps: float, respo
     load = LoadConfig(fps=fps, responses_per_minute=responses)
     served = ServedConfig(window=window, kept=window // 2)
     count, _ = streams_per_llm(load, served, MACHINE)
+    share = llm_share(load, served, MACHINE)
+    assert count * (share.arithmetic + share.bandwidth) <= MACHINE.busy
     context, spoken = 0.75 * window, responses / 60 * load.response_tokens
     positions = 2 * (fps * served.frame_positions + spoken)
     flop = 2 * served.parameters + 4 * served.layers * served.width * context
@@ -78,11 +80,21 @@ def test_price_and_redis_follow_their_inputs(costs: RedisCosts) -> None:
     )
 
 
+def test_the_bus_bounds_a_replica_whose_model_is_quick(costs: RedisCosts) -> None:
+    small = ServedConfig(parameters=1e8, weights_gb=0.2, layers=12, width=768, kv_bytes=10_000)
+    quick = plan(10_000, LOAD, small, MACHINE, costs)
+    assert quick.llm_bound == "the replica's core"
+    assert quick.streams_per_llm * LOAD.fps * costs.owner_us <= MACHINE.busy * 1e6
+    dear = plan(10_000, LOAD, small, MACHINE, replace(costs, encoder_us=10 * costs.encoder_us))
+    assert dear.decode_cores > quick.decode_cores
+
+
 def test_the_formula_holds_for_full_steps_of_the_benchmark() -> None:
     rows = check_benchmark(json.loads(ENGINE.read_text()))
     full = [row for row in rows if row.full and not row.calibrated]
     assert len(full) >= 3
     assert all(abs(row.error) < 0.15 for row in full)
+    assert max(abs(row.error) for row in rows) < 0.3
     assert max(abs(row.error) for row in rows) > 0.15, "the documentation says that near-empty steps are off"
 
 

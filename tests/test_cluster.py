@@ -16,7 +16,7 @@ from training_data import untrained_config
 from actors import checkpoint
 from actors.config import ModelConfig
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(2400)]
 
 WHERE = """
 import time, ray
@@ -54,7 +54,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory, samples: Path, tiny_configs
         "training": {"name": "two", "adapter": {"rank": 4, "alpha": 8}, "max_steps": 2, "batch_size": 2, "workers": 2},
         "evaluation": {"dialogues": "dialogues/train", "allow_seen": True, "max_dialogues": 2, "thresholds": []},
     }
-    settings["training"]["cpus_per_worker"] = 0.5
+    settings["training"] |= {"cpus_per_worker": 0.5, "folder": f"file://{folder}/runs"}
     (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
     return folder
 
@@ -73,7 +73,7 @@ def test_every_job_runs_on_two_nodes(cluster: two_nodes.TwoNodes, shared: Path) 
     submit("train", settings, *root)
     trained = shared / "runs" / "two" / "checkpoint"
     assert checkpoint.load(trained).trained_videos
-    own = f"model.checkpoint={trained}"
+    own = f"model.checkpoint=file://{trained}"  # by way of fsspec, as from an object store
     submit("evaluate", settings, own, *root)
     results = [json.loads(path.read_text()) for path in (shared / "runs" / "evaluation").glob("*.json")]
     assert results

@@ -60,6 +60,21 @@ def test_without_workers_it_is_healthy_and_says_what_is_missing(tiny: dict[str, 
     assert "no LLM replica" in error["message"]
 
 
+@pytest.mark.parametrize("policy", ["latest", "block"])
+def test_live_video_that_nobody_decides_lags_and_recorded_video_does_not(
+    policy: str, tiny: dict[str, object], redis_url: str
+) -> None:
+    with application(tiny, redis_url, workers=False) as url, live(url) as client:
+        client.configure(video={"drop_policy": policy})
+        client.frame(0.0)
+        now: dict[str, float] = {}
+        deadline = time.monotonic() + 30
+        while now.get("videollm_frames_behind_live_max role=gateway") != 1 and time.monotonic() < deadline:
+            now = samples(httpx.get(f"{url}/metrics").text)
+    assert now["videollm_frames_behind_live_max role=gateway"] == 1
+    assert (now["videollm_lag_seconds_max role=gateway"] > 0) == (policy == "latest")
+
+
 def test_the_model_goes_by_a_short_name_and_its_fingerprint(url: str) -> None:
     listed = httpx.get(f"{url}/v1/models").json()
     assert listed["object"] == "list"

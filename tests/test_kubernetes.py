@@ -16,7 +16,10 @@ import yaml
 from pydantic import BaseModel
 from ray.serve.schema import ServeDeploySchema
 
-from actors.config import load_config
+from actors.config import Config, load_config
+from actors.encoder import EncoderConfig
+from actors.engine import EngineConfig
+from jobs.capacity_model import LoadConfig, MachineConfig, ServedConfig, streams_per_llm
 from serve.app import AppArgs
 from serve.gateway import ServeConfig
 
@@ -144,6 +147,17 @@ def test_everything_runs_as_an_ordinary_user_without_rights() -> None:
             assert "memory" in container["resources"]["limits"], where
 
 
+def test_what_the_operator_puts_into_a_pod_of_ours_has_no_rights_either() -> None:
+    for kind in ("RayService", "RayJob", "RayCluster"):
+        for file, document in documents(kind):
+            spec = document["spec"]
+            cluster = spec.get("rayClusterConfig") or spec.get("rayClusterSpec") or spec
+            if cluster.get("enableInTreeAutoscaling"):
+                rights = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+                assert cluster["autoscalerOptions"]["securityContext"] == rights, file
+                assert cluster["headGroupSpec"]["template"]["spec"].get("automountServiceAccountToken", True), file
+
+
 def test_whatever_is_mounted_and_every_secret_is_named_in_one_place() -> None:
     keys = set(re.findall(r"--from-literal=([a-z-]+)=", (REPOSITORY / "docs" / "clusters.md").read_text()))
     for where, spec in pods():
@@ -153,6 +167,13 @@ def test_whatever_is_mounted_and_every_secret_is_named_in_one_place() -> None:
             for variable in container.get("env", []):
                 secret = variable.get("valueFrom", {}).get("secretKeyRef")
                 assert secret is None or (secret["name"], secret["key"] in keys) == ("videollm", True), where
+
+
+def test_every_image_of_ours_is_where_the_documented_command_puts_the_registry() -> None:
+    [pattern] = re.findall(r'sed "s\|([^|]*)\|\$REGISTRY/', (REPOSITORY / "docs" / "clusters.md").read_text())
+    for where, spec in pods():
+        for container in spec["containers"]:
+            assert container["image"].startswith((pattern, "valkey/valkey:")), where
 
 
 def test_budgets_and_policies_choose_pods_that_exist() -> None:
@@ -166,6 +187,44 @@ def test_budgets_and_policies_choose_pods_that_exist() -> None:
             chosen = spec.get("selector") or spec.get("podSelector")
             wanted = {k: v for k, v in chosen.get("matchLabels", chosen).items() if not k.startswith("ray.io/")}
             assert any(wanted.items() <= found.items() for found in labels), document["metadata"]
+
+
+def test_a_node_can_be_drained_and_clients_are_served_meanwhile() -> None:
+    [(_, service)] = documents("RayService")
+    groups = {group["groupName"]: group for group in service["spec"]["rayClusterConfig"]["workerGroupSpecs"]}
+    budgets = {document["metadata"]["name"]: document["spec"] for _, document in documents("PodDisruptionBudget")}
+    for name, group in groups.items():
+        assert budgets[f"{name}s"]["maxUnavailable"] == 1
+        assert group["minReplicas"] >= 2, name
+
+
+def on_gpus(config: Config) -> list[bool]:
+    return [
+        config.section("engine", EngineConfig).device == "cuda",
+        config.section("encoder", EncoderConfig).device == "cuda",
+    ]
+
+
+def test_models_run_on_the_gpus_that_their_pods_have() -> None:
+    [application] = serve_config(SERVE_FILES[0])["applications"]
+    given = AppArgs.model_validate(application["args"])
+    config = load_config(REPOSITORY / given.config, given.overrides)
+    assert on_gpus(config) == [True, True]
+    for name in JOBS:
+        document = json.dumps(job(name))
+        [settings] = re.findall(r"configs/\w+\.yaml", document) or [None]
+        if settings and "nvidia.com/gpu" in document:
+            assert on_gpus(load_config(REPOSITORY / settings)) == [True, True], name
+
+
+def test_an_llm_device_may_hold_as_many_sessions_as_were_planned_for_it() -> None:
+    [application] = serve_config(SERVE_FILES[0])["applications"]
+    given = AppArgs.model_validate(application["args"])
+    engine = load_config(REPOSITORY / given.config, given.overrides).section("engine", EngineConfig)
+    served, machine = ServedConfig(), MachineConfig()
+    assert (engine.window_trigger, engine.window_keep) == (served.window, served.kept)
+    assert engine.token_budget == machine.step_positions
+    assert engine.max_sessions >= streams_per_llm(LoadConfig(), served, machine)[0]
 
 
 def test_rays_redis_is_not_the_sessions_redis() -> None:

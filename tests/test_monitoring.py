@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from actors.meters import EncoderMeters, LLMMeters
+from serve.metrics import GatewayMeters
+
 REPOSITORY = Path(__file__).parents[1]
 MONITORING = REPOSITORY / "configs" / "monitoring"
 ENDINGS = {"counter": ["_total"], "counters": ["_total"], "gauge": [""], "histogram": ["_bucket", "_sum", "_count"]}
@@ -67,6 +70,29 @@ def test_every_metric_and_label_exists(expression: str) -> None:
         assert name in declared()
         base = re.sub(r"_(bucket|sum|count)$", "", name)
         assert labels - EVERYWHERE <= documented_labels().get(base, set()), (name, labels)
+
+
+def test_every_label_has_a_value_that_the_code_gives() -> None:
+    source = "".join(path.read_text() for name in ("actors", "serve") for path in (REPOSITORY / name).glob("*.py"))
+    asked = {(label, value) for text in expressions() for label, value in re.findall(r'(\w+)="([^"]*)"', text)}
+    assert {("role", "llm"), ("cause", "window"), ("stage", "total")} <= asked
+    for label, value in asked - {("job", "videollm")}:
+        assert f'"{value}"' in source, (label, value)
+
+
+def test_labels_are_those_of_a_running_replica() -> None:
+    gateway = GatewayMeters(list)
+    gateway.frame("dropped", "replaced")
+    gateway.error("bad_time")
+    gateway.request("/ready", 200)
+    gateway.stage("total", 1.0)
+    for family in (
+        family for one in (gateway, EncoderMeters(list), LLMMeters(list)) for family in one.registry.collect()
+    ):
+        for sample in family.samples:
+            base = re.sub(r"_(bucket|sum|count)$", "", sample.name)
+            if not base.startswith("videollm_process_"):
+                assert set(sample.labels) - EVERYWHERE == documented_labels()[base], sample.name
 
 
 def test_a_metric_or_label_that_does_not_exist_is_noticed() -> None:

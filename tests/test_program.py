@@ -169,3 +169,5 @@ def test_an_actor_asks_for_no_more_cpus_than_a_machine_has(
     gone = {"Alive": False, "Resources": {"CPU": 64.0}}
     monkeypatch.setattr(cluster.ray, "nodes", lambda: [*nodes, gone])
     assert cluster.cpus_of_one(2) == reserved
+    nodes.append({"Alive": True, "Resources": {"CPU": 1.0, "GPU": 1.0}})
+    assert cluster.cpus_of_one(2, gpus=1) == 1, "machines without a GPU do not count"

@@ -9,6 +9,7 @@ import yaml
 
 from actors.config import Config, load_config
 from actors.encoder import EncoderConfig
+from actors.engine import EngineConfig
 from jobs.annotations import AnnotationsConfig
 from jobs.dialogues import DataConfig
 from jobs.encode_frames import StoreConfig
@@ -42,7 +43,7 @@ def test_a_settings_file_fits_together(file: Path) -> None:
     config = load_config(file)
     settings, data, frames = training(config), config.section("data", DataConfig), config.model.frames
     settings.check()
-    config.section("encoder", EncoderConfig)
+    assert config.section("encoder", EncoderConfig).device == config.section("engine", EngineConfig).device
     config.section("store", StoreConfig)
     for dataset in config.section("annotations", AnnotationsConfig).datasets.values():
         assert dataset.format in READERS

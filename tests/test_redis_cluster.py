@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -25,9 +25,11 @@ from redis_servers import (
     wait_for,
 )
 
+from actors import load, scripts
 from actors.bus import Bus, BusConfig, BusError
 from actors.messages import FramesDecided, FrameSkipped, Interrupt, SessionEnded, SessionSettings
 from actors.redis_server import RedisServer
+from actors.replicas import ReplicaReport
 
 pytestmark = pytest.mark.anyio
 
@@ -66,7 +68,53 @@ def decided(seq: int) -> FramesDecided:
 
 
 async def live_through(bus: Bus) -> None:
-    """All that sessions go through: every script, stream and group, the announcements and the wake-ups."""
+    """All that a bus goes through: every script, stream and group, the announcements and the wake-ups."""
+    ran = {"REGISTER"}  # by `connect`
+    run = bus.script
+
+    async def noted(name: str, keys: Sequence[str], args: Sequence[str | int | float | bytes]) -> object:
+        ran.add(name)
+        return await run(name, keys, args)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(bus, "script", noted)
+        patched.setattr(bus, "_next_forget", 0.0)
+        await sessions_live(bus)
+        await clients_come_and_go(bus)
+        await replicas_report(bus)
+    assert ran == set(scripts.texts())
+
+
+async def clients_come_and_go(bus: Bus) -> None:
+    await bus.open_session("guest", "model-a", SessionSettings(), client="key")
+    meta = await bus.attach("guest", "key")
+    assert await bus.note("guest", meta.connection, "preferences", "{}")
+    with pytest.raises(BusError, match="session_expired"):
+        await bus.attach("guest", "another key")
+    await bus.take_place("key", "guest", 1, 9, 60)
+    with pytest.raises(BusError, match="too_many_sessions"):
+        await bus.take_place("key", "other", 1, 9, 60)
+    with pytest.raises(BusError, match="sessions_full"):
+        await bus.take_place("another key", "other", 1, 1, 60)
+    await bus.free_place("key", "guest")
+    assert (await load.measure(bus)).waiting_sessions >= 1
+    since_ms = await bus.clock_ms()
+    await bus.drain(60)
+    assert 0 < (await bus.draining(since_ms) or 0) <= 60
+    await bus.stop_draining()
+    assert await bus.draining(since_ms) is None
+
+
+async def replicas_report(bus: Bus) -> None:
+    report = ReplicaReport(role="llm", name="replica", pid=1, at=0.0, model="model-a", stats={}, metrics="")
+    await bus.report(report, [[1, 2]])
+    assert await bus.reports() == [report]
+    assert await bus.steps() == {"llm": [[1, 2]]}
+    await bus.retire("replica")
+    assert await bus.reports() == []
+
+
+async def sessions_live(bus: Bus) -> None:
     names = [f"session-{number}" for number in range(2 * PARTITIONS)]
     partitions = range(bus.config.partitions)
     waiting = asyncio.create_task(bus.read_frames("encoder", 3, 20_000))

@@ -9,8 +9,8 @@ import fsspec
 import pyarrow.fs
 import pytest
 
+from actors.remote import RemoteError
 from jobs.learner import Step
-from jobs.remote_files import RemoteError
 from jobs.run_folder import RunFolder
 from jobs.training_log import CURVES_FILE, TrainingLog, plot_log, read_log
 

@@ -12,9 +12,10 @@ import fsspec
 import pytest
 
 from actors.config import ConfigError
+from actors.remote import RemoteError
 from jobs.dialogue_files import to_line
 from jobs.dialogues import Dialogue
-from jobs.remote_files import RemoteError, local_copy
+from jobs.remote_files import local_copy
 from jobs.video_files import find_videos
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 BIN = Path(sys.executable).parent
 GCS_PORT, DASHBOARD_PORT = 6379, 8265
 DEADLINE_S = 240
+JOB_DEADLINE_S = 600
 INSIDE = 'mount --bind "$1" /tmp/ray && shift && exec "$@"'
 
 
@@ -95,10 +96,16 @@ class TwoNodes:
         self._stack.close()
 
     def submit(self, *command: str | Path) -> subprocess.CompletedProcess[str]:
-        """`ray job submit` of this folder, from this machine to the cluster."""
+        """`ray job submit` of this folder, from this machine to the cluster; a job that waits for ever fails."""
         submit = [BIN / "ray", "job", "submit", "--address", self.dashboard, "--working-dir", ".", "--", *command]
         repository = Path(__file__).parents[1]
-        return subprocess.run(submit, cwd=repository, env=self.environment, capture_output=True, text=True)
+        try:
+            return subprocess.run(
+                submit, cwd=repository, env=self.environment, capture_output=True, text=True, timeout=JOB_DEADLINE_S
+            )
+        except subprocess.TimeoutExpired as late:
+            said = (late.stdout or b"").decode(errors="replace")[-5000:]
+            raise AssertionError(f"not done in {JOB_DEADLINE_S} s: {late.cmd}\n{said}\n{self.logs()}") from None
 
     def logs(self) -> str:
         return "\n".join(path.read_text()[-3000:] for path in sorted(self.folder.glob("node-*.log")))

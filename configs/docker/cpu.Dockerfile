@@ -4,7 +4,7 @@
 # Debian's Python, pinned wheels from constraints.txt, no compiler; root owns the code, user 1000 runs it.
 FROM python:3.11-slim-bookworm
 
-# The slim image lacks what `ray job submit` and KubeRay's own probes call..
+# The slim image lacks what `ray job submit` and KubeRay's own probes call.
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install --yes --no-install-recommends wget procps \
     && rm -rf /var/lib/apt/lists/* \
