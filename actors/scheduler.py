@@ -28,7 +28,7 @@ class Scheduler:
         self.speculate = speculate
         self._served: dict[str, int] = {}
         self._speaking_rate: dict[str, float] = {}
-        self._prefilling_since: dict[str, int] = {}
+        self._prefilling: list[Session] = []  # first come first
         self._step = 0
 
     def plan(self, sessions: Iterable[Session]) -> list[tuple[Session, Work]]:
@@ -36,8 +36,8 @@ class Scheduler:
         self._step += 1
         ordered = sorted(sessions, key=lambda session: self._served.get(session.session_id, 0))
         prefilling = [s for s in ordered if s.pending > self.token_budget // 2]
-        since = {s.session_id: self._prefilling_since.get(s.session_id, self._step) for s in prefilling}
-        self._prefilling_since = since
+        earlier = [s for s in self._prefilling if s in prefilling]
+        prefilling = self._prefilling = [*earlier, *(s for s in prefilling if s not in earlier)]
         speaking = [s for s in ordered if s.response is not None and s not in prefilling]
         others = [s for s in ordered if s.response is None and s not in prefilling and (s.waiting_frames or s.pending)]
         plan: list[tuple[Session, Work]] = []
@@ -48,8 +48,7 @@ class Scheduler:
         others = others[: max(room // others[0].template.frames.num_tokens, 1)] if others else []
         others.sort(key=lambda session: session.waiting_frames)
         left -= self._take(plan, others, room, frames=True)
-        first_come = sorted(prefilling, key=lambda session: since[session.session_id])
-        self._take(plan, first_come, max(left, reserved), frames=False, evenly=False)
+        self._take(plan, prefilling, max(left, reserved), frames=False, evenly=False)
         for session, _ in plan:
             self._served[session.session_id] = self._step
         return plan
@@ -74,7 +73,7 @@ class Scheduler:
     def _take(
         self, plan: list[tuple[Session, Work]], sessions: list[Session], budget: int, frames: bool, evenly: bool = True
     ) -> int:
-        """Add work of `sessions` while `budget` lasts, shared evenly or as much as each wants; the positions it takes."""
+        """Add work of `sessions` while `budget` lasts, in equal shares or all that each has; the positions it takes."""
         used = 0
         waiting = len(sessions)
         for session in sessions:
