@@ -41,6 +41,7 @@ BLOCK_MS = 500  # how long a read waits for a first frame, and so how long an id
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
 PUBLISH_TRIES = 5
 BROKEN_AFTER = 8
+LONGEST_HOLD_S = 30.0  # an encoder that hangs over a frame shall not keep it for ever
 TIMELINE = 4096
 
 
@@ -147,7 +148,8 @@ class EncoderWorker:
     """Reads frames of all sessions, encodes them in batches, publishes their tokens; `run` until `stop`.
 
     While a batch is encoded, the next one is read and its pictures decoded, and the previous one is
-    published. A frame is acknowledged together with its answer: if this worker dies, another gets it.
+    published. A frame is acknowledged together with its answer; until then the worker says again and again
+    that it has it: if this worker dies, another gets it soon, if it is slow, nobody else does its work.
     """
 
     def __init__(self, bus: Bus, encoder: FrameEncoder, config: EncoderConfig, name: str) -> None:
@@ -162,6 +164,7 @@ class EncoderWorker:
         self._stopping = asyncio.Event()
         self._failed_in_a_row = 0
         self._bus_errors_in_a_row = 0
+        self._at_hand: dict[tuple[str, str], tuple[float, PendingFrame]] = {}  # taken when, and not answered yet
         self._frame_s = 0.0  # what a frame of the last batch took to encode
 
     async def run(self) -> None:
@@ -175,6 +178,7 @@ class EncoderWorker:
         with ThreadPoolExecutor(1, "encoder", limit_threads, (self.config.threads,)) as thread:
             reading = asyncio.create_task(self._next_batch())
             publishing = asyncio.create_task(self._publish([]))
+            holding = asyncio.create_task(self._hold_forever())
             try:
                 while batch := await reading:
                     reading = asyncio.create_task(self._next_batch())
@@ -183,7 +187,7 @@ class EncoderWorker:
                     publishing = asyncio.create_task(self._publish(answers))
                 await publishing
             finally:
-                await end_all((reading, publishing))
+                await end_all((reading, publishing, holding))
 
     def _figures(self) -> list[Metric]:
         counts = self.counts
@@ -233,7 +237,21 @@ class EncoderWorker:
             await self._pause()
             return []
         self._bus_errors_in_a_row = 0
+        now = time.monotonic()
+        for pending in frames:
+            self._at_hand.setdefault(_key(pending), (now, pending))  # what comes back to the same worker is no younger
         return frames
+
+    async def _hold_forever(self) -> None:
+        """Keep the bus from giving frames at hand to others."""
+        while True:
+            await asyncio.sleep(self.bus.config.reclaim_idle_ms / 4000)
+            since = time.monotonic() - LONGEST_HOLD_S
+            frames = [pending for taken, pending in self._at_hand.values() if taken > since]
+            try:
+                await self.bus.hold(self.name, frames)
+            except BusError as error:
+                log.warning("consumer=%s frames=%d not held: %s", self.name, len(frames), error)
 
     def _picture(self, pending: PendingFrame) -> Picture:
         try:
@@ -272,6 +290,7 @@ class EncoderWorker:
             log.exception("%s cannot be encoded, delivery=%d", _label(picture.pending), picture.pending.deliveries)
             self.counts.failed += 1
             self._failed_in_a_row += 1
+            self._at_hand.pop(_key(picture.pending), None)
             if self._failed_in_a_row >= BROKEN_AFTER:
                 raise EncoderError(f"{BROKEN_AFTER} frames in a row could not be encoded: {error}") from error
             return []
@@ -295,6 +314,12 @@ class EncoderWorker:
 
     async def _publish_one(self, pending: PendingFrame, message: FrameTokens | FrameSkipped) -> None:
         """Publish, again after an error of the bus; what cannot be published is delivered again later."""
+        try:
+            await self._publish_until_answered(pending, message)
+        finally:
+            self._at_hand.pop(_key(pending), None)
+
+    async def _publish_until_answered(self, pending: PendingFrame, message: FrameTokens | FrameSkipped) -> None:
         for tries_left in reversed(range(PUBLISH_TRIES)):
             try:
                 await self.bus.publish(pending, message)
@@ -336,6 +361,10 @@ def _answer(pending: PendingFrame, tokens: Tensor) -> Answer:
 
 def _skipped(pending: PendingFrame, reason: str) -> Answer:
     return pending, FrameSkipped(seq=pending.frame.seq, time=pending.frame.time, reason=reason)
+
+
+def _key(pending: PendingFrame) -> tuple[str, str]:
+    return pending.stream, pending.entry_id
 
 
 def _label(pending: PendingFrame) -> str:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Literal, cast
 
@@ -41,7 +43,7 @@ class EncoderSide(LogConnection):
     async def read_frames(self, consumer: str, count: int, block_ms: int) -> list[PendingFrame]:
         """Up to `count` frames for this consumer, live before bulk; waits up to `block_ms` for the first.
 
-        Frames that another consumer took and did not publish come back here; after `max_deliveries`, and
+        Frames that another consumer took and neither published nor held come back here; after `max_deliveries`, and
         when the message cannot be read, the session gets FrameSkipped instead.
         """
         if self._listener is None or self._listener.done():
@@ -73,6 +75,14 @@ class EncoderSide(LogConnection):
         if message.seq != pending.frame.seq:
             raise ValueError(f"the result of frame {message.seq} was published for frame {pending.frame.seq}")
         return await self._publish(pending.stream, pending.entry_id, pending.frame.session_id, message)
+
+    async def hold(self, consumer: str, frames: Sequence[PendingFrame]) -> int:
+        """Say that these frames are worked on, before `reclaim_idle_ms` are over; how many are still this one's."""
+        by_stream: dict[str, list[str]] = defaultdict(list)
+        for pending in frames:
+            by_stream[pending.stream].append(pending.entry_id)
+        calls = (self.script("HOLD", [stream], [GROUP, consumer, *ids]) for stream, ids in by_stream.items())
+        return sum(int(str(kept)) for kept in await asyncio.gather(*calls))
 
     async def close_listener(self) -> None:
         if self._listener is not None:

@@ -47,7 +47,8 @@ class Held:
 
     `frame_ids` tells in which input entry a frame's body lies, `commands` which queries and settings
     have not been acted on, `consumed` which have although trimming left them, `decided_at` the last
-    frame and position of every log entry that decided frames of the window.
+    frame and position of every log entry that decided frames of the window. `missed`: the last look for its
+    client found that nothing was heard of it for too long.
     """
 
     lease: Lease
@@ -58,6 +59,7 @@ class Held:
     commands: dict[str, Query | SettingsChange] = field(default_factory=dict)
     consumed: list[str] = field(default_factory=list)
     decided_at: deque[tuple[int, int]] = field(default_factory=deque)
+    missed: bool = False
 
     def note_input(self, entry_id: str, message: SessionInput | MessageError) -> None:
         """Remember where a body lies, for trimming."""

@@ -33,8 +33,11 @@ from actors.tasks import end_all
 
 logger = logging.getLogger(__name__)
 
-RETRY_S = (0.05, 2.0)
+RETRY_S = (0.05, 1.0)
 BLOCK_MS = 1000
+CLAIMS_A_LEASE = 4  # looks for sessions that nobody holds, in the time of a lease
+TAKEOVERS_AT_ONCE = 8
+APPENDS_AT_ONCE = 2  # of a partition, so that one whose server is away neither holds up others nor is stormed
 
 Logged = tuple[Session, list[LogEntry], int]
 
@@ -70,7 +73,10 @@ class LLMWorker:
         self.meters = LLMMeters(self._figures)
         self.stepper = Stepper(engine, self._hand_over, self.meters.stepped)
         self._claims = self._lost_leases = 0
-        self._outbox: asyncio.Queue[Logged | None] = asyncio.Queue()
+        self._outbox: asyncio.Queue[Logged | Exception | None] = asyncio.Queue()
+        self._unwritten: dict[Session, tuple[list[LogEntry], int]] = {}
+        self._writing: dict[Session, asyncio.Task[None]] = {}
+        self._appends = [asyncio.Semaphore(APPENDS_AT_ONCE) for _ in range(bus.config.partitions)]
         self._stopping = asyncio.Event()
         self._claim_now = asyncio.Event()
 
@@ -99,7 +105,7 @@ class LLMWorker:
             await asyncio.wait([stepping])
             self._outbox.put_nowait(None)
             await asyncio.wait([appending])
-            await end_all(tasks)
+            await end_all([*tasks, *self._writing.values()])
             for held in self.held.values():
                 await self._guarded(self.bus.release(held.lease))
 
@@ -146,28 +152,48 @@ class LLMWorker:
         """Take over sessions nobody owns, as many as there is room for."""
         partitions = list(range(self.bus.config.partitions))
         while True:
+            self._claim_now.clear()  # before looking: what comes while this looks elsewhere is not missed
             random.shuffle(partitions)
             for partition in partitions:
-                if (room := self.engine.room) > 0:
+                if (room := self.engine.room - len(self._taking)) > 0:
                     await self._guarded(self._claim(partition, room))
-            self._claim_now.clear()
-            await _wait(self._claim_now, self.bus.config.lease_ms / 2000)
+            await self._take_over_all()
+            await _wait(self._claim_now, self.bus.config.lease_ms / 1000 / CLAIMS_A_LEASE)
 
     async def _claim(self, partition: int, limit: int) -> None:
         claimed = await self.bus.claim(self.name, self.fingerprint, partition, limit)
         self._taking |= {lease.session_id: lease for lease in claimed}
-        for lease in claimed:
-            try:
-                if (earlier := self.held.get(lease.session_id)) is not None:  # its lease ran out unnoticed
-                    await self._drop(earlier)
-                await self._take_over(lease)
-            except (SessionError, LostFrames, MessageError) as error:
-                await self._refuse(lease, str(error))
-            except (NoCapacity, BusError) as error:
-                logger.warning("session=%s not taken over: %s", lease.session_id, error)
-                await self._guarded(self.bus.release(lease))
-            finally:
-                self._taking.pop(lease.session_id, None)
+
+    async def _take_over_all(self) -> None:
+        """Rebuild the sessions just claimed, several at once: what one reads, others wait for between two steps."""
+        turns = asyncio.Semaphore(TAKEOVERS_AT_ONCE)
+
+        async def take(lease: Lease) -> None:
+            async with turns:
+                if self._taking.get(lease.session_id) == lease:  # else it was lost while others were rebuilt
+                    await self._guarded(self._take(lease))
+
+        leases = list(self._taking.values())
+        done = await asyncio.gather(*map(take, leases), return_exceptions=True)
+        for error in filter(None, done):
+            raise error
+        # A read that began before knows nothing of a session that came since.
+        for partition in {self.bus.partition(s) for lease in leases if (s := lease.session_id) in self.held}:
+            await self._guarded(self.bus.wake(partition))
+
+    async def _take(self, lease: Lease) -> None:
+        """Go on with a session claimed, end it where that is impossible, give it back where it is so here."""
+        try:
+            if (earlier := self.held.get(lease.session_id)) is not None:  # its lease ran out unnoticed
+                await self._drop(earlier)
+            await self._take_over(lease)
+        except (SessionError, LostFrames, MessageError) as error:
+            await self._refuse(lease, str(error))
+        except (NoCapacity, BusError) as error:
+            logger.warning("session=%s not taken over: %s", lease.session_id, error)
+            await self._guarded(self.bus.release(lease))
+        finally:
+            self._taking.pop(lease.session_id, None)
 
     async def _take_over(self, lease: Lease) -> None:
         """Fold the session's log and input into a session of this engine."""
@@ -219,7 +245,7 @@ class LLMWorker:
                 await self._drop(held)
 
     async def _reap_forever(self) -> None:
-        """End sessions whose client was not heard of for as long as it may come back."""
+        """End sessions whose client was not heard of for as long as it may come back, and a while longer."""
         resume_s = self.bus.config.resume_s
         while True:
             await asyncio.sleep(resume_s / 4)
@@ -230,7 +256,11 @@ class LLMWorker:
         meta = await self.bus.session_meta(held.lease.session_id)
         if meta is None:
             await self._drop(held)
-        elif meta.idle_ms > resume_s * 1000:
+        elif meta.idle_ms <= resume_s * 1000:
+            held.missed = False
+        elif not held.missed:
+            held.missed = True  # by the second look only: Redis may have been away, and with it every client
+        else:
             reason = f"client_gone: nothing was heard of the client for {meta.idle_ms / 1000:.0f} s"
             self.stepper.post(partial(held.session.give_up, reason))
 
@@ -280,23 +310,39 @@ class LLMWorker:
         self._loop.call_soon_threadsafe(self._outbox.put_nowait, item)
 
     async def _append_forever(self) -> None:
-        """Write what was logged, in order; what gathered while Redis answered goes out in one append a session."""
-        while True:
-            items = [await self._outbox.get()]
-            while not self._outbox.empty():
-                items.append(self._outbox.get_nowait())
-            gathered: dict[Session, tuple[list[LogEntry], int]] = {}
-            for session, entries, next_seq in filter(None, items):
-                earlier, _ = gathered.get(session, ([], 0))
-                gathered[session] = [*earlier, *entries], next_seq
-            for session, (entries, next_seq) in gathered.items():
+        """Write what was logged: of each session in order, of many at the same time.
+
+        What gathers while Redis answers goes out in one append a session. Raises what broke a writer.
+        """
+        while (item := await self._outbox.get()) is not None:
+            if isinstance(item, Exception):
+                raise item
+            session, entries, next_seq = item
+            earlier, _ = self._unwritten.get(session, ([], 0))
+            self._unwritten[session] = [*earlier, *entries], next_seq
+            if session not in self._writing:
+                self._writing[session] = task = asyncio.create_task(self._write(session))
+                task.add_done_callback(partial(self._written, session))
+        if self._writing:
+            done, _ = await asyncio.wait(self._writing.values())
+            for task in done:
+                task.result()
+
+    async def _write(self, session: Session) -> None:
+        """Append what one session has logged until nothing is left."""
+        while session in self._unwritten:
+            async with self._appends[self.bus.partition(session.session_id)]:
+                entries, next_seq = self._unwritten.pop(session)
                 # A session that was lost and taken over again, by this replica, begins where the log ends: what its
                 # predecessor has not written by then was never said.
                 held = self.held.get(session.session_id)
                 if held is not None and held.session is session:
                     await self._append(held, entries, next_seq)
-            if items[-1] is None:
-                return
+
+    def _written(self, session: Session, task: asyncio.Task[None]) -> None:
+        del self._writing[session]
+        if not task.cancelled() and isinstance(error := task.exception(), Exception):
+            self._outbox.put_nowait(error)
 
     async def _append(self, held: Held, entries: list[LogEntry], next_seq: int) -> None:
         if await self._append_until_answered(held, entries, next_seq) == "stale":

@@ -1,7 +1,9 @@
 """What one step appends: decode tokens of speaking sessions first, then frames, then prefill.
 
 A step has a budget of positions, so that its time is bounded and nobody waits long. It serves those
-that were served longest ago, and prefill always gets a part of the budget, so none starves. Among the
+that were served longest ago, and prefill always gets a part of the budget, so none starves. Sessions that prefill
+do so one after the other, first come, first served: after a takeover of many, half of them go on in half the
+time, where equal shares would let all of them wait for the last. Among the
 served, live sessions with a frame or two take what they need first; runs of those that are behind, or of
 recorded video, share what is left. How many waiting frames of a session are appended at once as if silent follows how
 often it speaks: what lies behind a frame that speaks is thrown away.
@@ -26,6 +28,7 @@ class Scheduler:
         self.speculate = speculate
         self._served: dict[str, int] = {}
         self._speaking_rate: dict[str, float] = {}
+        self._prefilling: list[Session] = []  # first come first
         self._step = 0
 
     def plan(self, sessions: Iterable[Session]) -> list[tuple[Session, Work]]:
@@ -33,6 +36,8 @@ class Scheduler:
         self._step += 1
         ordered = sorted(sessions, key=lambda session: self._served.get(session.session_id, 0))
         prefilling = [s for s in ordered if s.pending > self.token_budget // 2]
+        earlier = [s for s in self._prefilling if s in prefilling]
+        prefilling = self._prefilling = [*earlier, *(s for s in prefilling if s not in earlier)]
         speaking = [s for s in ordered if s.response is not None and s not in prefilling]
         others = [s for s in ordered if s.response is None and s not in prefilling and (s.waiting_frames or s.pending)]
         plan: list[tuple[Session, Work]] = []
@@ -43,7 +48,7 @@ class Scheduler:
         others = others[: max(room // others[0].template.frames.num_tokens, 1)] if others else []
         others.sort(key=lambda session: session.waiting_frames)
         left -= self._take(plan, others, room, frames=True)
-        self._take(plan, prefilling, max(left, reserved), frames=False)
+        self._take(plan, prefilling, max(left, reserved), frames=False, evenly=False)
         for session, _ in plan:
             self._served[session.session_id] = self._step
         return plan
@@ -65,14 +70,16 @@ class Scheduler:
         overhead = STEP_OVERHEAD / session.template.frames.num_tokens
         return max(lengths, key=lambda n: (1 - (1 - rate) ** n) / (overhead + n))
 
-    def _take(self, plan: list[tuple[Session, Work]], sessions: list[Session], budget: int, frames: bool) -> int:
-        """Add work of `sessions` while `budget` lasts, shared evenly; the positions it takes."""
+    def _take(
+        self, plan: list[tuple[Session, Work]], sessions: list[Session], budget: int, frames: bool, evenly: bool = True
+    ) -> int:
+        """Add work of `sessions` while `budget` lasts, in equal shares or all that each has; the positions it takes."""
         used = 0
         waiting = len(sessions)
         for session in sessions:
             if used >= budget:
                 break
-            share = max((budget - used) // waiting, 1)
+            share = max((budget - used) // (waiting if evenly else 1), 1)
             waiting -= 1
             work = session.work(self.run_length(session) if frames else 1, share)
             if work is not None:

@@ -252,6 +252,20 @@ redis.call('XDEL', KEYS[4], ARGV[2])
 return wanted and 'ok' or 'gone'
 """
 
+# KEYS frames; ARGV group, consumer, entry ids... -> how many of them this consumer still has: they are idle no longer.
+# What another has taken over meanwhile is left to it.
+HOLD = """
+local kept = 0
+for i = 3, #ARGV do
+  local pending = redis.pcall('XPENDING', KEYS[1], ARGV[1], ARGV[i], ARGV[i], 1, ARGV[2])
+  if not pending.err and #pending > 0 then
+    redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, ARGV[i], 'JUSTID')
+    kept = kept + 1
+  end
+end
+return kept
+"""
+
 # KEYS frames; ARGV group, idle ms -> names of consumers that were removed: idle for long, nothing pending
 FORGET = """
 local removed = {}

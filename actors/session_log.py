@@ -27,7 +27,7 @@ class BusConfig(Section):
     """Where Redis is and the limits of the session log.
 
     `credits` bounds admitted but undecided frames of a session, `max_queued_frames` those that wait
-    for an encoder in a partition. A frame taken by an encoder that does not publish it within
+    for an encoder in a partition. A frame taken by an encoder that was not heard of for
     `reclaim_idle_ms` goes to another. `retry_s` is how long a call goes on while Redis is away.
     """
 
@@ -40,7 +40,7 @@ class BusConfig(Section):
     resume_s: float = Field(default=60, gt=0)
     session_ttl_s: float = Field(default=3600, gt=0)
     max_deliveries: int = Field(default=3, ge=1)
-    reclaim_idle_ms: int = Field(default=5000, gt=0)
+    reclaim_idle_ms: int = Field(default=2000, gt=0)
     max_queued_frames: int = Field(default=512, ge=1)
     max_frame_bytes: int = Field(default=4 << 20, gt=0)
     max_message_bytes: int = Field(default=64 << 10, gt=0)

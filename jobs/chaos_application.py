@@ -75,7 +75,14 @@ def tiny_settings(folder: Path) -> dict[str, object]:
     model = {"llm": str(folder), "vision": EMBEDDED, "frames": frames, "dtype": "float32"}
     return {
         "model": model,
-        "engine": {"untrained": True, "kv_memory_gb": 0.25, "window_trigger": 600, "window_keep": 300},
+        # What a step of such a model takes hardly depends on its positions.
+        "engine": {
+            "untrained": True,
+            "kv_memory_gb": 0.25,
+            "token_budget": 1024,
+            "window_trigger": 600,
+            "window_keep": 300,
+        },
     }
 
 
@@ -113,8 +120,8 @@ class Application:
             "session": {"decide_by": "threshold"},
             "limits": {"sessions": 512, "sessions_per_key": 512},
         }
-        self._settings = folder / "settings.yaml"
-        self._settings.write_text(yaml.safe_dump(sections))
+        self.settings = folder / "settings.yaml"
+        self.settings.write_text(yaml.safe_dump(sections))
         self._log = folder / "application.log"
         self._process: subprocess.Popen[str] | None = None
         self.url = self.redis_url = self.cluster = ""
@@ -160,7 +167,7 @@ class Application:
         local_ray_environment()
         environment = {**os.environ, "REDIS_URL": self.redis_url, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         environment.pop("RAY_ADDRESS", None)
-        command = ["/bin/sh", "-c", WITH_PROGRAM, "sh", sys.executable, "-m", "serve.app", str(self._settings)]
+        command = ["/bin/sh", "-c", WITH_PROGRAM, "sh", sys.executable, "-m", "serve.app", str(self.settings)]
         # Ray's workers write here as long as they live: a pipe that nobody reads would stop them.
         with self._log.open("w") as log:
             self._process = subprocess.Popen(

@@ -35,9 +35,14 @@ Outcome = Literal["ended", "ended early", "expired", "refused", "hung"]
 
 @dataclass
 class Books:
-    """What one client saw. Times are monotonic; frames are known by their number, `due` when each was to be sent."""
+    """What one client saw. Times are monotonic; frames are known by their number, `due` when each was to be sent.
+
+    `away` holds when a connection was lost and when the session was there again at the next, for each that was.
+    """
 
     outcome: Outcome = "hung"
+    session_id: str = ""
+    away: list[tuple[float, float]] = field(default_factory=list)
     due: dict[int, float] = field(default_factory=dict)
     decided: dict[int, float] = field(default_factory=dict)
     told: dict[str, int] = field(default_factory=dict)
@@ -55,8 +60,12 @@ class Books:
     @property
     def lost(self) -> int:
         """Frames that the server answered for and neither decided, skipped with a reason, nor counted as dropped."""
-        undecided = sum(index not in self.decided and index not in self.skipped for index in range(self.acknowledged))
-        return max(0, undecided - self.dropped)
+        return max(0, len(self.undecided) - self.dropped)
+
+    @property
+    def undecided(self) -> list[int]:
+        """Frames that the server answered for and neither decided nor skipped."""
+        return [index for index in range(self.acknowledged) if index not in self.decided and index not in self.skipped]
 
     @property
     def unanswered(self) -> int:
@@ -99,6 +108,7 @@ class ChaosClient:
         self._next = 0
         self._ended = False
         self._ending_at: int | None = None
+        self._lost_at: float | None = None
 
     async def run(self, audit: bool = True) -> Books:
         """Stream until `stop`, then to the end of the session; then compare with its log."""
@@ -126,6 +136,8 @@ class ChaosClient:
                     await self._stream(socket, start)
             except (WebSocketException, OSError, TimeoutError) as error:
                 self._note(f"{type(error).__name__}")
+            if self._lost_at is None:
+                self._lost_at = time.monotonic()
             if len(self.books.told) > before:
                 pause_s, heard_at = 0.05, time.monotonic()
             elif time.monotonic() - heard_at > QUIET_S:
@@ -143,15 +155,18 @@ class ChaosClient:
         session = created["session"]
         assert isinstance(session, dict)
         resumed = self._session_id is not None
-        self._session_id = str(session["id"])
+        self._session_id = self.books.session_id = str(session["id"])
         if resumed:
             while (event := await self._receive(socket))["type"] != "input_video_buffer.status":
                 if event["type"] == "error":
                     return
             self._acknowledge(event)
             self._next = self.books.acknowledged
+            if self._lost_at is not None:
+                self.books.away.append((self._lost_at, time.monotonic()))
         else:
             await socket.send(json.dumps({"type": "session.update", "session": self._wishes()}))
+        self._lost_at = None
         sending = asyncio.create_task(self._send(socket, start))
         seen: set[str] = set()
         try:

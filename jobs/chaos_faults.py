@@ -104,6 +104,20 @@ async def drain(app: Application, chosen: random.Random, picture: bytes) -> str:
     return f"notice {DRAIN_NOTICE_S} s"
 
 
+async def redeploy(app: Application, chosen: random.Random, picture: bytes) -> str:
+    """Nobody is told: every replica is replaced, LLMs and encoders are one fewer, and once more, as many as before."""
+    for replicas in (max(1, app.replicas - 1), app.replicas):
+        fewer = [f"serve.{role}={replicas}" for role in ("encoders", "llms")]
+        environment = {**os.environ, "RAY_ADDRESS": app.cluster, "REDIS_URL": app.redis_url, "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-m", "serve.redeploy", str(app.settings), *fewer]
+        done = await asyncio.to_thread(
+            subprocess.run, command, env=environment, timeout=600, check=False, capture_output=True, text=True
+        )
+        if done.returncode:
+            raise ChaosError(f"not redeployed: {done.stderr[-400:]}")
+    return "twice, without notice"
+
+
 async def overload(app: Application, chosen: random.Random, picture: bytes) -> str:
     """Clients that flood, that never read, and that come and go, beside those that are admitted."""
     dropped = await asyncio.gather(
@@ -122,6 +136,7 @@ FAULTS: dict[str, Fault] = {
     "redis crashed": crash_redis,
     "redis full": fill_redis,
     "drain": drain,
+    "redeployed": redeploy,
     "overload": overload,
 }
 

@@ -36,7 +36,7 @@ from jobs.process_usage import memory_mb
 
 log = logging.getLogger(__name__)
 
-RESUME_S = 20.0
+RESUME_S = 60.0  # as served
 EVERY_S = 5.0
 LIFE_S = (20.0, 120.0)
 KILL_EVERY_S = (60.0, 180.0)
@@ -162,8 +162,13 @@ def _wrong(books: Books) -> str:
     """What is wrong with a session that said its end; nothing where all is well."""
     if books.sound:
         return ""
-    counted = {name: getattr(books, name) for name in ("duplicated", "disorder", "lost", "unanswered")}
-    return f"{books.outcome}: {counted} {books.errors[-5:]}"
+    counted = {name: getattr(books, name) for name in ("duplicated", "disorder", "lost", "unanswered", "connections")}
+    unheard = sorted(books.asked - set(books.heard))
+    last = max(books.told.values(), default=-1)
+    return (
+        f"{books.session_id} {books.outcome}: {counted}, undecided {books.undecided[:50]} of {books.acknowledged}, "
+        f"unheard {unheard[:10]}, last position {last}, {books.errors[-5:]}"
+    )
 
 
 async def _kill(app: Application, chosen: random.Random, began: float, end: float, report: SoakReport) -> None:

@@ -32,7 +32,7 @@ from jobs.chaos import main
 from jobs.chaos_application import DURABLE, WITH_PROGRAM
 from jobs.chaos_client import FPS, Books, ChaosClient
 from jobs.chaos_faults import FAULTS, lose_data
-from jobs.chaos_report import share
+from jobs.chaos_report import ChaosReport, Injected, share
 from serve.client_events import pack_binary
 
 DEADLINE_S = 90.0
@@ -102,6 +102,9 @@ def test_sessions_outlive_a_fault_of_redis_with_nothing_missing_and_nothing_twic
         async with streaming(app) as (clients, found):
             await FAULTS[fault](app, random.Random(0), picture())  # type: ignore[arg-type]
             await going_on(clients)
+            async with asyncio.timeout(DEADLINE_S):
+                while not all(client.books.asked for client in clients):
+                    await asyncio.sleep(0.05)
         return found
 
     with application(tiny, tmp_path) as app:
@@ -310,9 +313,19 @@ def test_the_books_tell_what_is_missing_twice_out_of_order_or_lost() -> None:
     told = books(event(0, 0), event(1, 3), acknowledged=4)
     told.skipped, told.dropped = {1}, 1
     assert told.lost == 0
+    assert told.undecided == [2]
     told.due = {0: 1.0, 1: 2.0, 2: 3.0, 3: 4.0, 4: 5.0}
     assert told.recovery(1.5) == told.decided[3] - 1.5
     assert told.recovery(4.5) is None
+
+
+def test_a_report_tells_for_how_long_clients_were_away_after_each_fault() -> None:
+    books = Books(outcome="ended", away=[(9.0, 9.5), (11.0, 12.5), (31.0, 31.25)], due={0: 10.5}, decided={0: 14.0})
+    report = ChaosReport({}, [], faults=[Injected("gateway killed", "", 10.0, 10.0, whole=30.0)])
+    report.add([books, Books()])
+    [fault] = report.faults
+    assert (fault.away, fault.recoveries, fault.stuck) == ([1.5], [4.0], 1)
+    assert "1.5s" in report.table()
 
 
 def test_an_application_ends_with_the_program_that_started_it() -> None:

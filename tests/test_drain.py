@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 from application import running
 from live_client import live
 
+from serve import redeploy
 from serve.drain import drain, main
 from serve.server_events import FrameDecided, GoingAway, SessionCreated
 
@@ -63,3 +65,21 @@ def test_a_notice_that_is_too_short_to_move_is_refused(capsys: pytest.CaptureFix
     with pytest.raises(SystemExit):
         main(["--notice", "1"])
     assert "10 s" in capsys.readouterr().err
+
+
+def test_a_redeploy_needs_the_redis_and_the_cluster_of_what_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("REDIS_URL", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("serve: {llms: 1}\n")
+    for path, address, says in (
+        (str(tmp_path / "none.yaml"), None, "no such settings file"),
+        (str(settings), None, "set REDIS_URL"),
+        (str(settings), "redis://127.0.0.1:1", "set RAY_ADDRESS"),
+    ):
+        if address:
+            monkeypatch.setenv("REDIS_URL", address)
+        assert redeploy.main([path]) == 1
+        assert says in capsys.readouterr().err

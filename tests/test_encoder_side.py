@@ -198,6 +198,36 @@ async def test_a_frame_that_is_being_encoded_is_left_alone(bus: Bus, connect) ->
     assert await other.read_frames("other", 8, 100) == []
 
 
+async def test_a_frame_that_is_held_is_idle_no_longer_and_has_not_been_delivered_again(
+    bus: Bus, redis_url: str
+) -> None:
+    await opened(bus, "a")
+    await bus.admit_frame("a", 0.0, b"jpeg")
+    [pending] = await bus.read_frames("busy", 8, 1000)
+    async with Redis.from_url(redis_url) as redis:
+        await redis.xclaim(pending.stream, "encoders", "busy", 0, [pending.entry_id], idle=3_600_000, justid=True)
+        assert await bus.hold("busy", [pending]) == 1
+        [entry] = await redis.xpending_range(pending.stream, "encoders", "-", "+", 8)
+    assert entry["time_since_delivered"] < 3_600_000
+    assert entry["times_delivered"] == 1
+
+
+async def test_a_frame_that_another_has_taken_over_or_answered_is_not_held_by_its_first_encoder(
+    bus: Bus, connect, redis_url: str
+) -> None:
+    await opened(bus, "a")
+    await bus.admit_frame("a", 0.0, b"jpeg")
+    [lost] = await bus.read_frames("slow", 8, 1000)
+    [found] = await read_until(await connect(reclaim_idle_ms=50), "other")
+    assert await bus.hold("slow", [lost]) == 0
+    async with Redis.from_url(redis_url) as redis:
+        [entry] = await redis.xpending_range(found.stream, "encoders", "-", "+", 8)
+    assert entry["consumer"] == b"other"
+    await bus.publish(found, tokens(found))
+    assert await bus.hold("other", [found]) == 0
+    assert await bus.hold("other", []) == 0
+
+
 async def test_a_frame_that_three_encoders_did_not_survive_is_skipped(connect, redis_url: str) -> None:
     bus = await connect(reclaim_idle_ms=30, max_deliveries=3)
     await opened(bus, "a")

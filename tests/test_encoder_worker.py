@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from redis.asyncio import Redis
 
 from actors import encoder as encoder_module
 from actors.bus import Bus, BusError, PendingFrame
@@ -162,6 +163,49 @@ async def test_frames_of_a_worker_that_died_are_encoded_by_another(connect: Conn
     async with running(EncoderWorker(await connect(reclaim_idle_ms=50), encoder, EncoderConfig(), "alive")):
         found = await answers(bus, "s", 3)
     assert all(isinstance(message, FrameTokens) for message in found.values())
+
+
+async def test_what_a_slow_worker_encodes_is_held_until_it_is_answered(
+    connect: Connect, encoder: BreakableEncoder, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bus = await connect(reclaim_idle_ms=400)
+    hold, held, enough = bus.hold, list[list[str]](), asyncio.Event()
+
+    async def counted(consumer: str, frames: list[PendingFrame]) -> int:
+        held.append([pending.entry_id for pending in frames])
+        if sum(map(bool, held)) == 3 or (encoder.gate.is_set() and not frames):
+            enough.set()
+        return await hold(consumer, frames)
+
+    monkeypatch.setattr(bus, "hold", counted)
+    encoder.gate.clear()
+    await open_and_admit(bus, "s", [picture(0)])
+    async with running(EncoderWorker(bus, encoder, EncoderConfig(), "a")), asyncio.timeout(DEADLINE_S):
+        await enough.wait()
+        async with Redis.from_url(redis_url) as redis:
+            stream = bus.keys.frames(bus.partition("s"))
+            [entry] = await redis.xpending_range(stream, "encoders", "-", "+", 8)
+        enough.clear()
+        encoder.gate.set()
+        await answers(bus, "s", 1)
+        await enough.wait()  # what is answered is held no longer
+    assert (entry["consumer"], entry["times_delivered"]) == (b"a", 1)
+
+
+async def test_a_frame_over_which_an_encoder_hangs_is_not_held_for_ever(
+    connect: Connect, encoder: BreakableEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoder_module, "LONGEST_HOLD_S", 0.0)
+    bus, other = await connect(reclaim_idle_ms=200), await connect(reclaim_idle_ms=200)
+    encoder.gate.clear()
+    await open_and_admit(bus, "s", [picture(0)])
+    async with running(EncoderWorker(bus, encoder, EncoderConfig(), "hangs")), asyncio.timeout(DEADLINE_S):
+        assert await asyncio.to_thread(encoder.entered.wait, DEADLINE_S)
+        while not (found := await other.read_frames("other", 1, 200)):
+            pass
+        assert found[0].frame.seq == 0
+        assert found[0].deliveries in (2, 3)  # the worker that hangs reads ahead, and may have got it once more
+        encoder.gate.set()
 
 
 async def test_the_next_pictures_are_decoded_while_a_batch_is_encoded(

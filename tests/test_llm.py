@@ -70,12 +70,15 @@ class Live:
             features=self.loaded.features,
         )
         task = asyncio.create_task(worker.run())
+        self.workers.append(task)
         try:
             yield worker
         finally:
             worker.stop()
-            await asyncio.wait_for(task, 20)
-            await bus.close()
+            try:
+                await asyncio.wait_for(task, 20)
+            finally:
+                await bus.close()
 
     async def encode(self, bus: Bus, session_id: str, count: int, start: int = 0, order: Callable = sorted) -> None:
         """Admit frames and publish their tokens, as gateway and encoder do."""
@@ -218,7 +221,7 @@ async def live_run(live: Live, session_id: str, count: int) -> list[LogEntry]:
 def test_what_a_replica_had_not_written_when_it_lost_a_session_to_itself_is_not_written_later(
     live: Live, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While another session's append waits, leases run out unnoticed, and the replica claims its own session."""
+    """While appends wait, leases run out unnoticed, and the replica claims its own session."""
 
     async def scenario() -> list[LogEntry]:
         bus = await live.connect()
@@ -228,22 +231,21 @@ def test_what_a_replica_had_not_written_when_it_lost_a_session_to_itself_is_not_
             async def renew(leases: object) -> list[object]:
                 return []
 
-            async def slow(lease, *rest):
-                if lease.session_id == "b" and not gate.is_set():
+            async def slow(*what):
+                if not gate.is_set():
                     waiting.set()
                     await gate.wait()
-                return await append(lease, *rest)
+                return await append(*what)
 
             monkeypatch.setattr(worker.bus, "append", slow)
             monkeypatch.setattr(worker.bus, "renew", renew)
-            for session_id in ("a", "b"):
-                await bus.open_session(session_id, live.loaded.fingerprint, SETTINGS)
-            await live.encode(bus, "b", 1)
+            await bus.open_session("a", live.loaded.fingerprint, SETTINGS)
+            await live.encode(bus, "a", 1)
             await waiting.wait()
-            await live.encode(bus, "a", 8)
-            await until(lambda: has_decided(worker, 9))
+            await live.encode(bus, "a", 7, start=1)
+            await until(lambda: has_decided(worker, 8))
             first = await bus.session_meta("a")
-            await until(lambda: has_decided(worker, 18))
+            await until(lambda: has_decided(worker, 16))
             again = await bus.session_meta("a")
             assert first is not None
             assert again is not None
@@ -262,6 +264,91 @@ def test_what_a_replica_had_not_written_when_it_lost_a_session_to_itself_is_not_
     for entry in log:
         open_responses += isinstance(entry, ResponseStarted) - isinstance(entry, ResponseEnded)
         assert open_responses in (0, 1)
+
+
+def test_a_session_is_written_while_the_append_of_another_is_not_answered(
+    live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a cluster one of whose masters is away."""
+
+    async def scenario() -> list[LogEntry]:
+        bus = await live.connect()
+        assert bus.partition("a") != bus.partition("b")
+        async with live.worker() as worker:
+            append, gate, waiting = worker.bus.append, asyncio.Event(), asyncio.Event()
+
+            async def slow(lease, *rest):
+                if lease.session_id == "b":
+                    waiting.set()
+                    await gate.wait()
+                return await append(lease, *rest)
+
+            monkeypatch.setattr(worker.bus, "append", slow)
+            for session_id in ("a", "b"):
+                await bus.open_session(session_id, live.loaded.fingerprint, SETTINGS)
+            await live.encode(bus, "b", 3)
+            await waiting.wait()
+            await live.encode(bus, "a", 4)
+            await bus.send("a", End(after_seq=3))
+            assert decided(await whole_log(bus, "a")) == [0, 1, 2, 3]
+            gate.set()
+            await bus.send("b", End(after_seq=2))
+            log = await whole_log(bus, "b")
+        await bus.close()
+        return log
+
+    assert decided(asyncio.run(scenario())) == [0, 1, 2]
+
+
+def test_what_breaks_a_writer_ends_the_replica(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        bus = await live.connect()
+        async with live.worker() as worker:
+
+            async def broken(*what):
+                raise ZeroDivisionError
+
+            monkeypatch.setattr(worker.bus, "append", broken)
+            await bus.open_session("a", live.loaded.fingerprint, SETTINGS)
+            await live.encode(bus, "a", 1)
+            await bus.close()
+            await asyncio.wait_for(live.workers[-1], 20)
+
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(scenario())
+
+
+def test_many_sessions_of_a_dead_replica_are_rebuilt_together_between_two_steps(
+    live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sessions = [f"s{number}" for number in range(8)]
+
+    async def scenario() -> int:
+        bus = await live.connect()
+        for session_id in sessions:
+            await bus.open_session(session_id, live.loaded.fingerprint, SETTINGS)
+            await live.encode(bus, session_id, 2)
+        async with live.worker() as worker:
+            reading, together = 0, 0
+            read_log = worker.bus.read_log
+
+            async def counted(session_id: str):
+                nonlocal reading, together
+                reading += 1
+                together = max(together, reading)
+                try:
+                    return await read_log(session_id)
+                finally:
+                    reading -= 1
+
+            monkeypatch.setattr(worker.bus, "read_log", counted)
+            for session_id in sessions:
+                await bus.send(session_id, End(after_seq=1))
+                assert decided(await whole_log(bus, session_id)) == [0, 1]
+        await bus.close()
+        return together
+
+    assert asyncio.run(scenario()) > 1
 
 
 async def has_decided(worker: LLMWorker, frames: int) -> bool:
@@ -358,3 +445,29 @@ def test_a_session_whose_client_is_gone_is_ended_and_its_memory_freed(redis_url:
         return not worker.held and not worker.engine.sessions
 
     asyncio.run(scenario())
+
+
+def test_a_client_is_gone_when_two_looks_in_a_row_have_missed_it(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an outage of Redis every client was silent for as long as that took."""
+
+    async def scenario() -> list[str]:
+        bus = await live.connect()
+        async with live.worker() as worker:
+            await bus.open_session("a", live.loaded.fingerprint, SETTINGS)
+            held = await until(lambda: _held(worker))
+            given_up: list[str] = []
+            monkeypatch.setattr(held.session, "give_up", given_up.append)
+            for longest_s in (-1, 1e6, -1):
+                await worker._reap(held, longest_s)
+            await worker.stepper.call(lambda: None)
+            assert given_up == []
+            await worker._reap(held, -1)
+            await worker.stepper.call(lambda: None)
+        await bus.close()
+        return given_up
+
+    async def _held(worker: LLMWorker):
+        return worker.held.get("a")
+
+    [reason] = asyncio.run(scenario())
+    assert reason.startswith("client_gone")
