@@ -77,7 +77,8 @@ def inspect(path: Path, max_pixels: int = MAX_PIXELS) -> VideoFile:
                     frames += 1
                     if packet.pts is not None:
                         stamps.append(packet.pts)
-                        end = max(end, packet.pts + (packet.duration or 0))
+                        if not packet.is_corrupt:  # where a file is cut, in the middle of its last packet
+                            end = max(end, packet.pts + (packet.duration or 0))
     frame, origin = next(decode(path), (None, 0))
     if frame is None:
         raise VideoError(f"{path}: none of its {frames} video packets can be decoded")

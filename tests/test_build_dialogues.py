@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from actors.config import Config, ConfigError
-from actors.video import VideoInfo, read_frames
+from actors.video import VideoInfo, probe, read_frames
 from jobs.annotations import AnnotationError, read_annotations
 from jobs.build_dialogues import build, build_video
 from jobs.clock import frame_at
@@ -217,3 +217,13 @@ def test_no_frame_is_promised_that_the_video_has_not(tmp_path: Path, fps: float,
     path = write_clip(tmp_path / "clip.mp4", seconds=2, rate=rate)
     there = sum(1 for _ in read_frames(path, fps, 32))
     assert there - 1 <= frames_in(VideoInfo(2.0, rate, 32, 32, 2 * rate), fps) <= there
+
+
+@pytest.mark.parametrize("size", [200_000, 310_007, 420_013, 555_555])
+def test_of_a_file_that_was_cut_no_frame_is_promised_that_cannot_be_decoded(
+    samples: Path, tmp_path: Path, size: int
+) -> None:
+    path = tmp_path / "cut.mp4"
+    path.write_bytes((samples / "hands_and_objects.mp4").read_bytes()[:size])
+    there = sum(1 for _ in read_frames(path, 15, 32))
+    assert there - 5 <= frames_in(probe(path), 15) <= there
