@@ -321,12 +321,16 @@ class LLMWorker:
             earlier, _ = self._unwritten.get(session, ([], 0))
             self._unwritten[session] = [*earlier, *entries], next_seq
             if session not in self._writing:
-                self._writing[session] = task = asyncio.create_task(self._write(session))
-                task.add_done_callback(partial(self._written, session))
-        if self._writing:
+                self._begin_to_write(session)
+        while self._writing:
             done, _ = await asyncio.wait(self._writing.values())
             for task in done:
                 task.result()
+            await asyncio.sleep(0)  # for `_written`, which may begin again
+
+    def _begin_to_write(self, session: Session) -> None:
+        self._writing[session] = task = asyncio.create_task(self._write(session))
+        task.add_done_callback(partial(self._written, session))
 
     async def _write(self, session: Session) -> None:
         """Append what one session has logged until nothing is left."""
@@ -341,8 +345,12 @@ class LLMWorker:
 
     def _written(self, session: Session, task: asyncio.Task[None]) -> None:
         del self._writing[session]
-        if not task.cancelled() and isinstance(error := task.exception(), Exception):
+        if task.cancelled():
+            return
+        if isinstance(error := task.exception(), Exception):
             self._outbox.put_nowait(error)
+        elif session in self._unwritten:  # logged between the task's last look and this
+            self._begin_to_write(session)
 
     async def _append(self, held: Held, entries: list[LogEntry], next_seq: int) -> None:
         if await self._append_until_answered(held, entries, next_seq) == "stale":

@@ -6,7 +6,9 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from actors import checkpoint
 from actors.backends import build_engine
 from actors.bus import Bus, BusConfig
 from actors.engine import EngineConfig
+from actors.held import Held
 from actors.llm import LLMWorker
 from actors.messages import (
     End,
@@ -298,6 +301,45 @@ def test_a_session_is_written_while_the_append_of_another_is_not_answered(
         return log
 
     assert decided(asyncio.run(scenario())) == [0, 1, 2]
+
+
+def test_what_is_logged_just_as_a_writer_ends_is_written_too(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between a writer's last look and the moment at which another may begin."""
+    session, written = SimpleSession("a"), list[LogEntry]()
+
+    async def scenario() -> None:
+        bus = await live.connect()
+        engine = build_engine(live.loaded.model, live.loaded.template, EngineConfig(kv_memory_gb=0.05))
+        model, shape = live.loaded.fingerprint, live.loaded.model.frame_shape
+        features = live.loaded.features
+        worker = LLMWorker(bus, engine, name="one", tokens_shape=shape, fingerprint=model, features=features)
+        worker.held["a"] = cast("Held", SimpleSession("a", session))
+
+        async def append(held: Held, entries: list[LogEntry], next_seq: int) -> None:
+            written.extend(entries)
+            if len(written) == 1:
+                worker._outbox.put_nowait((session, [SessionEnded(reason="done")], 1))
+
+        monkeypatch.setattr(worker, "_append", append)
+        worker._outbox.put_nowait((session, [FramesDecided(first_seq=0, times=[0.0], p_silent=[0.9])], 1))
+        appending = asyncio.create_task(worker._append_forever())
+        async with asyncio.timeout(10):
+            while len(written) < 2:
+                await asyncio.sleep(0.01)
+        worker._outbox.put_nowait(None)
+        await appending
+        await bus.close()
+
+    asyncio.run(scenario())
+    assert [type(entry) for entry in written] == [FramesDecided, SessionEnded]
+
+
+@dataclass(eq=False)
+class SimpleSession:
+    """As much of a session, and of what holds one, as a writer looks at."""
+
+    session_id: str
+    session: SimpleSession | None = None
 
 
 def test_what_breaks_a_writer_ends_the_replica(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,6 +125,7 @@ async def sessions_live(bus: Bus) -> None:
         await bus.send(name, Interrupt(after_seq=1))
     taken = await waiting
     assert taken, "an encoder that waits hears of new frames"
+    assert await bus.hold("encoder", taken) == len(taken)
     published = set[tuple[str, int]]()
     async with asyncio.timeout(30):
         while len(published) < 2 * len(names):
