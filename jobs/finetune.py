@@ -21,6 +21,7 @@ from jobs.encode_frames import EncodingError, StoreConfig, encode
 from jobs.program import run
 from jobs.train import USER_ERRORS, train
 from jobs.training_config import TrainingConfig
+from jobs.writer import WriterConfig
 
 TEXTS = (".srt", ".vtt", ".jsonl")
 
@@ -37,8 +38,8 @@ def finetune(config: Config) -> str | None:
     trained = train(config)
     if trained is not None:
         print(
-            f"\\ntrained on {', '.join(config.section('annotations', AnnotationsConfig).paths)}: {trained}\\n"
-            f"serve it:  python -m serve.app {config.source} model.checkpoint={trained} engine.untrained=false\\n"
+            f"\ntrained on {', '.join(config.section('annotations', AnnotationsConfig).paths)}: {trained}\n"
+            f"serve it:  python -m serve.app {config.source} model.checkpoint={trained} engine.untrained=false\n"
             f"try it:    python -m jobs.narrate {config.source} model.checkpoint={trained} --help"
         )
     return trained
@@ -66,6 +67,7 @@ def check_videos(folder: Path) -> None:
 SECTIONS: Mapping[str, type[Section]] = {
     "model": ModelConfig,
     "annotations": AnnotationsConfig,
+    "writer": WriterConfig,
     "data": DataConfig,
     "encoder": EncoderConfig,
     "store": StoreConfig,
