@@ -106,7 +106,7 @@ class RowWriting:
                 yield WrittenRow(annotation=row)
         else:
             yield WrittenRow(annotation=row)
-        if dataset is None or dataset.format == "captions":
+        if row.kind == "narration" and (dataset is None or dataset.format == "captions"):
             yield from self._chats(row, "caption_chat", self.annotations.conversations)
 
     def _chats(self, row: VideoAnnotation, kind: str, count: int) -> list[_Chat]:

@@ -5,6 +5,7 @@ import pytest
 
 from actors.config import ConfigError
 from jobs.annotations import AnnotationError, VideoAnnotation, find_annotations, read_annotations
+from jobs.dataset_files import find_video
 
 SRT = """1
 00:00:01,500 --> 00:00:04,000
@@ -54,6 +55,12 @@ def test_srt_cues_become_moments_of_the_video_beside_them(tmp_path: Path) -> Non
     assert said(annotation) == [(1.5, 4.0, "You cut the onion."), (62.25, 63.0, "You wash it.")]
 
 
+def test_a_cameras_capitals_name_a_video_as_well(tmp_path: Path) -> None:
+    (tmp_path / "GX01.MP4").touch()
+    assert only(write(tmp_path / "GX01.srt", SRT)).video == str(tmp_path / "GX01.MP4")
+    assert find_video(tmp_path, "GX01") == tmp_path / "GX01.MP4"
+
+
 @pytest.mark.parametrize("change", [("\n", "\r\n"), ("1\n00", "00"), (",", "."), ("1\n00", "\ufeff1\n00")])
 def test_common_variants_of_srt_read_the_same(tmp_path: Path, change: tuple[str, str]) -> None:
     plain = said(only(write(tmp_path / "plain.srt", SRT)))
@@ -76,6 +83,19 @@ def test_jsonl_rows_are_read_whole_and_put_in_order_of_time(tmp_path: Path) -> N
     assert (first.video_id, said(first)) == ("a", [(1.0, 3.0, "First."), (2.0, None, "Then.")])
     assert first.video == str(tmp_path / "a.mp4")
     assert (second.video_id, second.duration, second.tasks) == ("other", 9.5, ("cook",))
+
+
+def test_a_row_in_which_the_user_speaks_is_a_chat(tmp_path: Path) -> None:
+    said = [{"time": 1, "text": "What is it?", "role": "user"}, {"time": 1, "text": "A cup."}]
+    row = only(write(tmp_path / "rows.jsonl", json.dumps({"video": "a.mp4", "moments": said, "part": "b"})))
+    assert (row.kind, row.part, [moment.role for moment in row.moments]) == ("chat", "b", ["user", "assistant"])
+
+
+def test_characters_that_end_lines_elsewhere_are_text_in_json(tmp_path: Path) -> None:
+    texts = ["One\u2028two.", "Next\x85line."]
+    moments = [{"time": time, "text": text} for time, text in enumerate(texts)]
+    line = json.dumps({"video": "a.mp4", "moments": moments}, ensure_ascii=False)
+    assert [moment.text for moment in only(write(tmp_path / "rows.jsonl", line + "\r\n")).moments] == texts
 
 
 def test_decimal_times_survive_as_they_were_written(tmp_path: Path) -> None:
@@ -102,6 +122,7 @@ def test_decimal_times_survive_as_they_were_written(tmp_path: Path) -> None:
         ("a.jsonl", '{"video": "a.mp4"}', r"a.jsonl:1: moments: .*[Ff]ield required"),
         ("a.jsonl", '{"video": "a.mp4", "moments": [{"time": -1, "text": "t"}]}', r"a.jsonl:1: moments.0.time: found"),
         ("a.jsonl", '{"video": "a.mp4", "moments": [], "fps": 2}', r"a.jsonl:1: fps: found"),
+        ("a.jsonl", '{"video": "a.mp4", "moments": [], "kind": "lta"}', r"a.jsonl:1: kind: found"),
     ],
 )
 def test_bad_files_name_file_line_found_and_expected(tmp_path: Path, name: str, text: str, message: str) -> None:

@@ -123,6 +123,11 @@ def test_a_video_of_ones_own_is_narrated_and_asked_about() -> None:
     assert any(isinstance(turn, Stream) and turn.learn for turn in turns)
 
 
+def test_a_chat_of_ones_own_gets_no_other_beside_it() -> None:
+    [made] = writing(CHATS, conversations=2)([row(kind="chat", dataset="")])
+    assert [written.annotation.kind for written in made] == ["chat"]
+
+
 def test_an_activity_beyond_the_video_stays_what_it_is() -> None:
     late = [Moment(time=500, stop=600, text="serve")]
     [[written]] = writing(CHATS)([row(late)])
