@@ -44,8 +44,9 @@ class _Chat:
 
     def read(self, texts: Sequence[Text]) -> WrittenRow:
         """The row with the chat in place of what it is about; with nothing if that is of no use."""
+        captions = self.row.moments if self.row.kind == "caption_chat" else None
         try:
-            messages = read_chat(_words(texts[0]), captions=self.row.kind == "caption_chat")
+            messages = read_chat(_words(texts[0]), captions)
         except UnusableText as error:
             bad = _quarantined(self.row, self.request, texts[0], error)
             return WrittenRow(annotation=self.row.model_copy(update={"moments": ()}), quarantined=(bad,))
