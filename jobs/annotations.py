@@ -9,8 +9,9 @@ Formats:
 
     {"video": "kitchen.mp4", "moments": [{"time": 2.5, "text": "You cut the onion.", "stop": 4}], "tasks": ["cook"]}
 
-  `video` is a path relative to the file, or a URL; `video_id` defaults to its name without suffix; `stop` and
-  `tasks` are optional. Times are seconds.
+  `video` is a path relative to the file, or a URL; `video_id` defaults to its name without suffix; `stop`,
+  `tasks`, `duration`, `split` and `part` (tells rows of one video apart) are optional. Times are seconds. A row
+  whose moments have a `role`, "user" or "assistant", and the user's among them, is a chat.
 
 `.srt`, `.vtt`: subtitles of the video beside them that has the same name (`kitchen.srt` of
 `kitchen.mp4`); every cue is one moment, said when it starts.
@@ -84,6 +85,18 @@ class VideoAnnotation(Section):
     dataset: str = ""
 
 
+class _Line(Section):
+    """What a line of JSONL may say; the rest of a row is not for its writer to choose."""
+
+    video: str
+    video_id: str = Field(min_length=1)
+    duration: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    moments: tuple[Moment, ...]
+    tasks: tuple[str, ...] = ()
+    part: str = ""
+    split: Literal["train", "validation"] | None = None
+
+
 class DatasetConfig(Section):
     """One public dataset: where its files and videos are, and how much of it is wanted."""
 
@@ -145,6 +158,14 @@ def video_id(path: str | Path) -> str:
     return Path(path).stem
 
 
+def named(folder: Path, name: str, suffixes: Sequence[str]) -> Path | None:
+    """The file `name` in `folder` with one of `suffixes`, the first of them that is there, in capitals or not."""
+    for suffix in suffixes:
+        if (path := folder / f"{name}{suffix}").is_file() or (path := path.with_suffix(suffix.upper())).is_file():
+            return path
+    return None
+
+
 def find_annotations(paths: Sequence[str]) -> list[Path]:
     """The annotation files among `paths` and in the folders among them, in order of name.
 
@@ -176,7 +197,8 @@ def read_annotations(path: str | Path) -> Iterator[VideoAnnotation]:
 
 def read_jsonl(path: Path) -> Iterator[VideoAnnotation]:
     """Rows of the common form, one a line; see the module's docstring for the keys."""
-    for number, line in enumerate(_text(path).splitlines(), start=1):
+    # Not splitlines: JSON may hold characters that end a line for it.
+    for number, line in enumerate(_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -189,16 +211,17 @@ def read_jsonl(path: Path) -> Iterator[VideoAnnotation]:
             )
         video = fields["video"] if is_remote(fields["video"]) else str(path.parent / fields["video"])
         try:
-            row = VideoAnnotation.model_validate(
-                {"video_id": video_id(video), **fields, "video": video, "source": str(path)}
-            )
+            row = _Line.model_validate({"video_id": video_id(video), **fields, "video": video})
         except ValidationError as error:
             problem = error.errors()[0]
             where = ".".join(map(str, problem["loc"])) or "row"
             raise AnnotationError(
                 f"{path}:{number}: {where}: found {_short(problem['input'])}: {problem['msg']}"
             ) from None
-        yield row.model_copy(update={"moments": _in_order(row.moments)})
+        kind = "chat" if any(moment.role == "user" for moment in row.moments) else "narration"
+        yield VideoAnnotation.model_validate(
+            dict(row) | {"moments": _in_order(row.moments), "source": str(path), "kind": kind}
+        )
 
 
 def read_srt(path: Path) -> Iterator[VideoAnnotation]:
@@ -269,8 +292,7 @@ def _seconds(clock: re.Match[str]) -> float:
 
 def _beside(path: Path, moments: Sequence[Moment]) -> VideoAnnotation:
     """The row of the video that `path` stands beside; where there is none, `video` names no file."""
-    candidates = [path.with_suffix(case) for suffix in VIDEO_SUFFIXES for case in (suffix, suffix.upper())]
-    video = next((file for file in candidates if file.is_file()), candidates[0])
+    video = named(path.parent, path.stem, VIDEO_SUFFIXES) or path.with_suffix(VIDEO_SUFFIXES[0])
     return VideoAnnotation(video_id=video_id(video), video=str(video), moments=_in_order(moments), source=str(path))
 
 

@@ -41,10 +41,11 @@ from jobs.annotations import (
     read_annotations,
 )
 from jobs.cluster import connect
-from jobs.coverage import Coverage, Result
-from jobs.dialogue_sink import QUARANTINE, DialogueSink
+from jobs.coverage import Coverage, Quarantined, Result
+from jobs.dialogue_sink import QUARANTINE, DialogueSink, alone
 from jobs.dialogues import SPLITS, DataConfig, split_of
 from jobs.extents import extent_of
+from jobs.livechat import to_words, unfit
 from jobs.program import run
 from jobs.provenance import code_version, file_sha256
 from jobs.public import read_dataset
@@ -81,6 +82,7 @@ def build(config: Config) -> Coverage:
     folder = Path(data.folder)
     provenance = _provenance(config)
     with ExitStack() as stack:
+        stack.enter_context(alone(folder))
         folders = {split: stack.enter_context(whole_folder(folder.absolute() / split)) for split in SPLITS}
         quarantine = Path(stack.enter_context(TemporaryDirectory(prefix=".quarantine-", dir=folder)))
         sink = DialogueSink(folders, quarantine.absolute(), provenance)
@@ -156,7 +158,7 @@ def _build(
     result = build_video(annotation, data, system_prompt, weights.get(annotation.dataset, 1))
     notes = {
         "sha256": row["sha256"],
-        "quarantined": written.quarantined,
+        "quarantined": written.quarantined + result.quarantined,
         "texts": result.texts + sum(written.dropped.values()),
         "texts_dropped": dict(Counter(result.texts_dropped) + Counter(written.dropped)),
     }
@@ -164,6 +166,15 @@ def _build(
         notes["left_out"] = f"{annotation.source}: what was written about it is quarantined"
         notes["texts_dropped"] = written.dropped
     return {"result": result.model_copy(update=notes).model_dump_json(), "problem": ""}
+
+
+def _unfit(annotation: VideoAnnotation) -> tuple[Quarantined, ...]:
+    """A chat that was generated elsewhere and is of no use, with its words."""
+    reason = unfit(annotation.moments) if annotation.kind == "generated_chat" else None
+    if reason is None:
+        return ()
+    row = {"video_id": annotation.video_id, "dataset": annotation.dataset, "part": annotation.part}
+    return (Quarantined(**row, reason=reason, text=to_words(annotation.moments)),)
 
 
 def build_video(annotation: VideoAnnotation, data: DataConfig, system_prompt: str, weight: float = 1) -> Result:
@@ -193,6 +204,7 @@ def build_video(annotation: VideoAnnotation, data: DataConfig, system_prompt: st
             "dialogues": dialogues,
             "texts_used": made[0].used if made else 0,
             "texts_dropped": dict(made[0].dropped) if made else {},
+            "quarantined": _unfit(annotation),
             "left_out": left_out,
         }
     )

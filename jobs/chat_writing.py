@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from jobs.annotations import Moment
 from jobs.clock import Extent
 from jobs.goalstep import BLANK, activity_of
-from jobs.livechat import ChatError, parse_chat, to_words, unfit
+from jobs.livechat import ChatError, parse_chat, tells_time, to_words, unfit
 from jobs.questions import CURRENT, NEXT, PAST, about_anything
 from jobs.template_chat import CAPTIONS, STEPS, converse
 from jobs.writer import Request, UnusableText
@@ -39,8 +39,11 @@ def chat_request(
     return Request(activity.request(questions, places), to_words(by_rule))
 
 
-def read_chat(words: str, captions: bool = False) -> list[Moment]:
-    """The messages of a chat that a writer wrote. Raises UnusableText for one that is of no use."""
+def read_chat(words: str, captions: Sequence[Moment] | None = None) -> list[Moment]:
+    """The messages of a chat that a writer wrote, about `captions` if not about steps.
+
+    Raises UnusableText for one that is of no use.
+    """
     try:
         messages = parse_chat(words)
     except ChatError:
@@ -53,9 +56,12 @@ def read_chat(words: str, captions: bool = False) -> list[Moment]:
         raise UnusableText("nothing is answered")
     if any(message.text.strip() in ("", BLANK) for message in messages):
         raise UnusableText("a blank was left")
+    if captions is None:
+        if reason := unfit(messages):
+            raise UnusableText(reason)
     # What is said about any video may be short, and may quote a caption that names a time.
-    if not captions and (reason := unfit(messages)):
-        raise UnusableText(reason)
+    elif tells_time(messages, captions):
+        raise UnusableText("tells a time")
     return messages
 
 

@@ -7,7 +7,7 @@ from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from jobs.annotations import VIDEO_SUFFIXES, AnnotationError
+from jobs.annotations import VIDEO_SUFFIXES, AnnotationError, named
 
 Split = Literal["train", "validation"]
 
@@ -41,5 +41,4 @@ def read_json(path: Path, kind: TypeAdapter[T], how_to_get: str) -> T:
 
 def find_video(folder: Path, video_id: str) -> Path | None:
     """The video of that id in `folder`, or its features as the public reference saves them."""
-    candidates = (folder / f"{video_id}{suffix}" for suffix in (*VIDEO_SUFFIXES, FEATURES_SUFFIX))
-    return next((path for path in candidates if path.is_file()), None)
+    return named(folder, video_id, (*VIDEO_SUFFIXES, FEATURES_SUFFIX))

@@ -5,7 +5,11 @@ All is written into folders that only get their names when everything is complet
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import fcntl
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +18,7 @@ from ray.data._internal.execution.interfaces import TaskContext
 from ray.data.block import Block, BlockAccessor
 from ray.data.datasource.datasink import WriteResult
 
+from actors.config import ConfigError
 from jobs.coverage import Outcome, Result
 from jobs.dialogue_files import PARQUET, Origin, write_parquet
 from jobs.dialogues import SPLITS
@@ -67,3 +72,23 @@ class DialogueSink(Datasink[Written]):
         for folder in self.folders.values():
             if not any(folder.iterdir()):  # an empty split has a schema, too
                 write_parquet(folder / f"part-00000{PARQUET}", [], self.provenance)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """The right to write dialogues there, for one program at a time; clears what a killed one left half-written.
+
+    Raises ConfigError while another program holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"another program is writing dialogues to {folder}: wait until it ends") from None
+        for stale in (path for name in (".*.part-*", ".quarantine-*") for path in folder.glob(name)):
+            shutil.rmtree(stale, ignore_errors=True)
+        yield
+    finally:
+        os.close(handle)

@@ -119,6 +119,8 @@ def _store(chunks: Iterator[Row], store: FrameStore, videos: dict[str, str], str
                 if progress.disable and time.monotonic() - said > SAY_EVERY_S:
                     said = time.monotonic()
                     logger.info("progress: %s of %d videos to encode", summary, len(videos))
+            for name in sorted(videos.keys() - summary.videos.keys() - summary.failed.keys()):
+                _failed(name, f"{videos[name]}: some of its frames never came", strict, summary)
         finally:
             for video in open_videos.values():
                 video.writer.discard()

@@ -23,6 +23,7 @@ from jobs.encode_frames import EncodingError, StoreConfig, encode
 from jobs.program import run
 from jobs.train import USER_ERRORS, train
 from jobs.training_config import TrainingConfig
+from jobs.writer import WriterConfig
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ def check_videos(folder: Path) -> None:
 SECTIONS: Mapping[str, type[Section]] = {
     "model": ModelConfig,
     "annotations": AnnotationsConfig,
+    "writer": WriterConfig,
     "data": DataConfig,
     "encoder": EncoderConfig,
     "store": StoreConfig,

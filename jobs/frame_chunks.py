@@ -28,6 +28,8 @@ from jobs.remote_files import local_copy
 Row = dict[str, np.ndarray]
 
 
+logger = logging.getLogger(__name__)
+
 CHUNKS_AHEAD = 24  # of each encoder: decoded, encoded, or on their way
 LEAST_AHEAD_BYTES = 128 << 20
 
@@ -117,6 +119,9 @@ def decoded_chunks(batch: Row, fps: float, resolution_px: int, size: int, cache:
                 count += len(frames)
     except (VideoError, OSError) as problem:
         error = str(problem)
+    except Exception as problem:  # what a strange file makes a decoder raise costs this video, not all others
+        logger.exception("video=%s", path)
+        error = f"{path}: {type(problem).__name__}: {problem}"
     if waiting is None:  # a row must have a shape, even one without a frame
         waiting = _chunk(name, 0, [], [np.zeros((resolution_px, resolution_px, 3), np.uint8)], size)
     yield waiting | {"last": np.array([True]), "error": np.array([error])}

@@ -54,6 +54,11 @@ def unfit(messages: Sequence[Moment]) -> str | None:
         return f"lasts less than {SHORTEST_S} s"
     if lasts > LONGEST_S:
         return f"lasts more than {LONGEST_S} s"
-    if any(message.role == "assistant" and TIMESTAMP.search(message.text) for message in messages):
-        return "tells a time"
-    return None
+    return "tells a time" if tells_time(messages) else None
+
+
+def tells_time(messages: Sequence[Moment], told: Sequence[Moment] = ()) -> bool:
+    """Whether the assistant names seconds; those that a text of `told` names are what it was told."""
+    known = {time.lower() for moment in told for time in TIMESTAMP.findall(moment.text)}
+    said = (time for message in messages if message.role == "assistant" for time in TIMESTAMP.findall(message.text))
+    return any(time.lower() not in known for time in said)

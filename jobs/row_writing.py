@@ -44,8 +44,9 @@ class _Chat:
 
     def read(self, texts: Sequence[Text]) -> WrittenRow:
         """The row with the chat in place of what it is about; with nothing if that is of no use."""
+        captions = self.row.moments if self.row.kind == "caption_chat" else None
         try:
-            messages = read_chat(_words(texts[0]), captions=self.row.kind == "caption_chat")
+            messages = read_chat(_words(texts[0]), captions)
         except UnusableText as error:
             bad = _quarantined(self.row, self.request, texts[0], error)
             return WrittenRow(annotation=self.row.model_copy(update={"moments": ()}), quarantined=(bad,))
@@ -106,7 +107,7 @@ class RowWriting:
                 yield WrittenRow(annotation=row)
         else:
             yield WrittenRow(annotation=row)
-        if dataset is None or dataset.format == "captions":
+        if row.kind == "narration" and (dataset is None or dataset.format == "captions"):
             yield from self._chats(row, "caption_chat", self.annotations.conversations)
 
     def _chats(self, row: VideoAnnotation, kind: str, count: int) -> list[_Chat]:

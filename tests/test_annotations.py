@@ -5,6 +5,7 @@ import pytest
 
 from actors.config import ConfigError
 from jobs.annotations import AnnotationError, VideoAnnotation, find_annotations, read_annotations
+from jobs.dataset_files import find_video
 
 SRT = """1
 00:00:01,500 --> 00:00:04,000
@@ -58,6 +59,7 @@ def test_a_camera_may_have_named_its_video_in_capitals(tmp_path: Path) -> None:
     (tmp_path / "IMG_0001.MOV").touch()
     annotation = only(write(tmp_path / "IMG_0001.srt", SRT))
     assert (annotation.video_id, annotation.video) == ("IMG_0001", str(tmp_path / "IMG_0001.MOV"))
+    assert find_video(tmp_path, "IMG_0001") == tmp_path / "IMG_0001.MOV"
 
 
 @pytest.mark.parametrize("change", [("\n", "\r\n"), ("1\n00", "00"), (",", "."), ("1\n00", "\ufeff1\n00")])
@@ -84,6 +86,19 @@ def test_jsonl_rows_are_read_whole_and_put_in_order_of_time(tmp_path: Path) -> N
     assert (second.video_id, second.duration, second.tasks) == ("other", 9.5, ("cook",))
 
 
+def test_a_row_in_which_the_user_speaks_is_a_chat(tmp_path: Path) -> None:
+    said = [{"time": 1, "text": "What is it?", "role": "user"}, {"time": 1, "text": "A cup."}]
+    row = only(write(tmp_path / "rows.jsonl", json.dumps({"video": "a.mp4", "moments": said, "part": "b"})))
+    assert (row.kind, row.part, [moment.role for moment in row.moments]) == ("chat", "b", ["user", "assistant"])
+
+
+def test_characters_that_end_lines_elsewhere_are_text_in_json(tmp_path: Path) -> None:
+    texts = ["One\u2028two.", "Next\x85line."]
+    moments = [{"time": time, "text": text} for time, text in enumerate(texts)]
+    line = json.dumps({"video": "a.mp4", "moments": moments}, ensure_ascii=False)
+    assert [moment.text for moment in only(write(tmp_path / "rows.jsonl", line + "\r\n")).moments] == texts
+
+
 def test_decimal_times_survive_as_they_were_written(tmp_path: Path) -> None:
     text = "".join(f"00:00:00,{ms:03} --> 00:00:01,000\nt\n\n" for ms in range(0, 1000, 7))
     assert [str(m.time) for m in only(write(tmp_path / "a.srt", text)).moments] == [
@@ -108,6 +123,7 @@ def test_decimal_times_survive_as_they_were_written(tmp_path: Path) -> None:
         ("a.jsonl", '{"video": "a.mp4"}', r"a.jsonl:1: moments: .*[Ff]ield required"),
         ("a.jsonl", '{"video": "a.mp4", "moments": [{"time": -1, "text": "t"}]}', r"a.jsonl:1: moments.0.time: found"),
         ("a.jsonl", '{"video": "a.mp4", "moments": [], "fps": 2}', r"a.jsonl:1: fps: found"),
+        ("a.jsonl", '{"video": "a.mp4", "moments": [], "kind": "lta"}', r"a.jsonl:1: kind: found"),
     ],
 )
 def test_bad_files_name_file_line_found_and_expected(tmp_path: Path, name: str, text: str, message: str) -> None:

@@ -16,10 +16,11 @@ import pytest
 
 from actors.config import Config, ConfigError
 from actors.video import VideoInfo, probe, read_frames
-from jobs.annotations import AnnotationError, read_annotations
+from jobs.annotations import AnnotationError, Moment, VideoAnnotation, read_annotations
 from jobs.build_dialogues import build, build_video
 from jobs.clock import frame_at
 from jobs.dialogue_files import read_dialogues, read_provenance
+from jobs.dialogue_sink import alone
 from jobs.dialogues import SPLITS, DataConfig
 from jobs.extents import frames_in
 from jobs.provenance import code_version
@@ -187,6 +188,31 @@ def test_what_a_model_writes_is_judged_kept_and_not_written_again(
     build(config)
     assert {path: path.stat().st_mtime_ns for path in texts.rglob("*.json")} == kept
     assert read_dialogues(tmp_path / "out" / "train") == first
+
+
+def test_what_a_killed_run_left_behind_is_cleared_and_no_two_write_at_once(tmp_path: Path) -> None:
+    for name in (".train.part-x", ".quarantine-y"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "part-00000.parquet").touch()
+    (tmp_path / "train").mkdir()
+    with alone(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == ["train"]
+        with pytest.raises(ConfigError, match="another program is writing dialogues"), alone(tmp_path):
+            pass
+    with alone(tmp_path):
+        pass
+
+
+def test_a_chat_generated_elsewhere_that_is_of_no_use_is_quarantined_with_its_words(videos: Path) -> None:
+    moments = (Moment(time=1, text="What now?", role="user"), Moment(time=1, text="Cut the onion."))
+    row = VideoAnnotation(
+        video_id="clip0", video=str(videos / "clip0.mp4"), moments=moments, source="chat.json", kind="generated_chat"
+    )
+    result = build_video(row, DataConfig(), "Be brief.")
+    assert not result.dialogues
+    [bad] = result.quarantined
+    assert bad.reason == "lasts less than 60 s"
+    assert bad.text == "1.00s User: What now?\n1.00s Assistant: Cut the onion."
 
 
 def test_a_video_behind_a_url_is_looked_at_there(videos: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,10 @@ import yaml
 
 from actors.config import Config, ModelConfig
 from actors.encoder import EncoderConfig, FrameEncoder
-from actors.video import read_frames
+from actors.video import VideoFrame, read_frames
+from jobs import encode_frames, frame_chunks
 from jobs.encode_frames import EncodingError, OpenVideo, encode
-from jobs.frame_chunks import ChunkEncoder, decoded_chunks
+from jobs.frame_chunks import ChunkEncoder, Row, decoded_chunks
 from jobs.frame_store import FrameStore, StoreError, StoreInfo
 
 # Ray warns about its own settings when it copies them.
@@ -63,8 +65,8 @@ def settings_of(tiny_configs: dict[str, ModelConfig], tmp_path: Path):
     return settings
 
 
-def chunks_of(path: Path, size: int = 4) -> list[dict[str, np.ndarray]]:
-    batch = {"video_id": np.array(["clip"]), "path": np.array([str(path)])}
+def chunks_of(path: Path, size: int = 4, name: str = "clip") -> list[Row]:
+    batch = {"video_id": np.array([name]), "path": np.array([str(path)])}
     return list(decoded_chunks(batch, fps=2.0, resolution_px=32, size=size))
 
 
@@ -93,6 +95,40 @@ def test_a_broken_video_becomes_one_chunk_with_the_reason(tmp_path: Path) -> Non
     [chunk] = chunks_of(path)
     assert (int(chunk["count"][0]), bool(chunk["last"][0])) == (0, True)
     assert "not a readable video" in str(chunk["error"][0])
+
+
+def test_whatever_a_decoder_raises_is_that_videos_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_clip(tmp_path / "clip.mp4", frames=40)
+    shown = list(read_frames(path, 2.0, 32))
+
+    def strange(*_: object) -> Iterator[VideoFrame]:
+        yield from shown[:5]
+        raise ValueError("no such pixels")
+
+    monkeypatch.setattr(frame_chunks, "read_frames", strange)
+    chunks = chunks_of(path)
+    assert [bool(c["last"][0]) for c in chunks] == [False] * (len(chunks) - 1) + [True]
+    assert str(chunks[-1]["error"][0]) == f"{path}: ValueError: no such pixels"
+
+
+def test_a_video_of_which_frames_never_came_has_failed(
+    settings_of, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("cut", "whole"):
+        write_clip(tmp_path / "videos" / f"{name}.mp4", frames=20)
+
+    def lossy(videos: dict[str, str], model: ModelConfig, settings: EncoderConfig, *_: object) -> Iterator[Row]:
+        encoder = ChunkEncoder(model, settings)
+        for name, path in videos.items():
+            for chunk in chunks_of(Path(path), name=name)[name == "cut" :]:
+                yield {column: values[0] for column, values in encoder(chunk).items()}
+
+    monkeypatch.setattr(encode_frames, "connect", lambda: None)
+    monkeypatch.setattr(encode_frames, "encoded_chunks", lossy)
+    with pytest.raises(EncodingError, match=r"1 of 2 .*\n  cut: .*cut.mp4: some of its frames never came"):
+        encode(settings_of())
+    assert FrameStore.open(tmp_path / "store").video_ids() == ["whole"]
+    assert sorted(path.name for path in (tmp_path / "store" / "videos").iterdir()) == ["whole.parquet"]
 
 
 def test_chunks_in_any_order_are_stored_in_their_own(tmp_path: Path, tiny_configs: dict[str, ModelConfig]) -> None:

@@ -96,7 +96,7 @@ def test_a_request_asks_up_to_three_questions_and_leaves_the_answers_blank() -> 
         asked = [line.split("User: ")[1] for line in request.prompt.splitlines() if "User: " in line]
         assert set(asked) <= {*PAST, *CURRENT, *NEXT}
         assert request.prompt.count(BLANK) >= len(asked)
-        assert [m.text for m in read_chat(request.by_rule, captions=True) if m.role == "user"] == asked
+        assert [m.text for m in read_chat(request.by_rule, STEPS) if m.role == "user"] == asked
         counts.add(len(asked))
     assert counts == {1, 2, 3}
 
@@ -105,7 +105,7 @@ def test_captions_that_only_begin_are_not_asked_about_as_if_they_lasted() -> Non
     told = [moment.model_copy(update={"stop": None}) for moment in STEPS]
     for seed in range(40):
         request = chat_request("v", told, VIDEO, random.Random(seed), captions=True)
-        asked = [m.text for m in read_chat(request.by_rule, captions=True) if m.role == "user"]
+        asked = [m.text for m in read_chat(request.by_rule, told) if m.role == "user"]
         assert not set(asked) & set(CURRENT)
 
 
@@ -121,6 +121,19 @@ def test_a_video_of_ones_own_is_narrated_and_asked_about() -> None:
     said = [turn.content for turn in turns if isinstance(turn, Assistant)]
     assert any(moment.text in text for moment in STEPS for text in said)
     assert any(isinstance(turn, Stream) and turn.learn for turn in turns)
+
+
+def test_a_chat_of_ones_own_gets_no_other_beside_it() -> None:
+    [made] = writing(CHATS, conversations=2)([row(kind="chat", dataset="")])
+    assert [written.annotation.kind for written in made] == ["chat"]
+
+
+def test_a_chat_about_captions_tells_no_time_but_those_they_name() -> None:
+    captions = [Moment(time=3, text="Boil it for 90 seconds."), Moment(time=5, text="Stir.")]
+    asked = "2.0s User: What now?\n2.0s Assistant: "
+    assert len(read_chat(asked + "Boil it for 90 Seconds.", captions)) == 2
+    with pytest.raises(UnusableText, match="tells a time"):
+        read_chat(asked + "At 5.0s you stir.", captions)
 
 
 def test_an_activity_beyond_the_video_stays_what_it_is() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import logging
+import re
 from fractions import Fraction
 from pathlib import Path
 
@@ -118,7 +119,9 @@ def test_a_part_of_a_video_equals_that_part_of_the_whole(sample_video: Path, bac
 
 
 @needs_decord
-def test_pyav_goes_on_where_decord_stops(sample_video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pyav_goes_on_where_decord_stops_and_the_log_says_so(
+    sample_video: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     import decord
 
     class FailsHalfWay(decord.VideoReader):
@@ -129,7 +132,9 @@ def test_pyav_goes_on_where_decord_stops(sample_video: Path, monkeypatch: pytest
 
     whole = list(read_frames(sample_video, 2, 32, backend="pyav"))
     monkeypatch.setattr(decord, "VideoReader", FailsHalfWay)
-    rescued = list(read_frames(sample_video, 2, 32))
+    with caplog.at_level(logging.INFO, logger="actors"):
+        rescued = list(read_frames(sample_video, 2, 32))
+    assert re.search(r"tick=\d+ PyAV takes over: Error sending packet", caplog.text)
     assert [frame.tick for frame in rescued] == [frame.tick for frame in whole]
     assert all(np.array_equal(a.image, b.image) for a, b in zip(rescued, whole, strict=True))
     with pytest.raises(VideoError, match="decord cannot read it: Error sending packet"):
