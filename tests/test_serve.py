@@ -46,7 +46,7 @@ from serve.server_events import (
 )
 
 START_S = 150
-RESUME_S = 10.0
+RESUME_S = 20.0  # longer than it takes to call off a drain, on a busy machine
 CALIBRATION = Calibration(
     fingerprint="",
     threshold=0.7,
