@@ -46,7 +46,7 @@ from serve.server_events import (
 )
 
 START_S = 150
-RESUME_S = 20.0  # longer than it takes to call off a drain, on a busy machine
+RESUME_S = 10.0
 CALIBRATION = Calibration(
     fingerprint="",
     threshold=0.7,
@@ -275,6 +275,18 @@ def test_who_hangs_up_on_a_posted_video_ends_its_session(server: Server, sample_
     assert asyncio.run(state_when_over(server, created.session.id)) == "ended"
 
 
+async def stay_known(server: Server, session_id: str, process: subprocess.Popen[bytes]) -> None:
+    """Say that the client is there until a process has ended."""
+    bus = await Bus.connect(server.bus, server.redis_url)
+    try:
+        async with asyncio.timeout(120):
+            while process.poll() is None:
+                await bus.touch(session_id)
+                await asyncio.sleep(0.2)
+    finally:
+        await bus.close()
+
+
 async def state_when_over(server: Server, session_id: str) -> str:
     """The state of a session once it is no longer open. Fails after a minute."""
     bus = await Bus.connect(server.bus, server.redis_url)
@@ -382,7 +394,9 @@ def test_the_drain_command_sends_clients_away_and_they_go_on_when_it_is_called_o
         client.until(FrameDecided)
         assert client.closed() == (1012, "going_away")
     assert draining.wait(timeout=120) == 0
-    subprocess.run([*command, "--cancel"], env=environment, check=True, timeout=120)
+    cancelling = subprocess.Popen([*command, "--cancel"], env=environment)
+    asyncio.run(stay_known(server, session_id, cancelling))  # on a busy machine it takes longer than RESUME_S
+    assert cancelling.returncode == 0
     with resumed(server.url, session_id, client.logged[-1].position) as again:
         again.frame(2)
         again.end()
