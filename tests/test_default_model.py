@@ -51,7 +51,7 @@ def test_the_pipeline_of_the_default_model_in_miniature(tmp_path: Path) -> None:
         "model.checkpoint=runs/default/connector",
         *made,
         "training.name=small",
-        "training.batch_size=2",
+        "training.batch_size=4",
         "training.max_steps=6",
     )
     trained = tmp_path / "runs" / "default" / "runs" / "small"
