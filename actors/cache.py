@@ -81,9 +81,21 @@ def whole_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def try_lock(handle: int) -> bool:
+    """Take the advisory lock of an open file or folder unless another process has it; whether it was taken.
+
+    The kernel drops it when the file is closed or its process dies, however it dies.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold an advisory lock, which the kernel drops when its process dies however it dies."""
+    """Hold an advisory lock; wait for it."""
     try:
         file: TextIO = path.open("w")
     except OSError as error:
@@ -91,9 +103,7 @@ def _locked(path: Path) -> Iterator[None]:
             f"lock file {path} cannot be opened ({error}): set VIDEOLLM_CACHE to a writable folder"
         ) from None
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(file.fileno()):
             log.info("waiting for another process to finish %s", path.stem.lstrip("."))
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

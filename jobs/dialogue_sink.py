@@ -5,7 +5,6 @@ All is written into folders that only get their names when everything is complet
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,6 +17,7 @@ from ray.data._internal.execution.interfaces import TaskContext
 from ray.data.block import Block, BlockAccessor
 from ray.data.datasource.datasink import WriteResult
 
+from actors.cache import try_lock
 from actors.config import ConfigError
 from jobs.coverage import Outcome, Result
 from jobs.dialogue_files import PARQUET, Origin, write_parquet
@@ -83,10 +83,8 @@ def alone(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"another program is writing dialogues to {folder}: wait until it ends") from None
+        if not try_lock(handle):
+            raise ConfigError(f"another program is writing dialogues to {folder}: wait until it ends")
         for stale in (path for name in (".*.part-*", ".quarantine-*") for path in folder.glob(name)):
             shutil.rmtree(stale, ignore_errors=True)
         yield

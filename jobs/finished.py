@@ -6,12 +6,13 @@ so that what other settings have given is never taken for it.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+from actors.cache import try_lock
 
 
 class FinishedError(RuntimeError):
@@ -36,13 +37,9 @@ class Finished:
         self._results: dict[str, object] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+b")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(self._file.fileno()):
             self._file.close()
-            raise FinishedError(
-                f"another evaluation is writing into {path.parent}: wait, or choose another folder"
-            ) from None
+            raise FinishedError(f"another evaluation is writing into {path.parent}: wait, or choose another folder")
         self._read()
 
     def get(self, key: str) -> object | None:

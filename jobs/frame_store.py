@@ -7,7 +7,6 @@ random. A video's file appears only when all its frames are in it.
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ import pyarrow.parquet as pq
 import torch
 from pydantic import Field, ValidationError
 
+from actors.cache import try_lock
 from actors.config import Section
 
 ROWS_PER_GROUP = 64  # what a random slice reads at least: 1.6 MB at 10 tokens of 1280
@@ -170,10 +170,8 @@ class FrameStore:
         Raises StoreError while another program holds it.
         """
         with (self.path / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise StoreError(f"another program is writing to the store {self.path}: wait until it ends") from None
+            if not try_lock(lock.fileno()):
+                raise StoreError(f"another program is writing to the store {self.path}: wait until it ends")
             for unfinished in (self.path / "videos").glob(f".*{SUFFIX}"):
                 unfinished.unlink()
             yield
