@@ -23,12 +23,11 @@ from actors.encoder import EncoderConfig, FrameEncoder
 from actors.video import VideoError, read_frames
 from jobs.remote_files import local_copy
 
+logger = logging.getLogger(__name__)
+
 # One row; `count` frames are in it, `first` is the index of the first. The last chunk of a video has `last`,
 # and `error` where the video ended badly.
 Row = dict[str, np.ndarray]
-
-
-logger = logging.getLogger(__name__)
 
 CHUNKS_AHEAD = 24  # of each encoder: decoded, encoded, or on their way
 LEAST_AHEAD_BYTES = 128 << 20

@@ -228,16 +228,21 @@ class Connection:
                 item_id = f"{item.id}_{index}" if item.id and index else item.id
                 await self.conversation.ask(part.text, part.video_time, item_id)
             else:
-                self._offer(part.video_time, next(waiting))
+                self._take_rate()
+                self.conversation.offer(part.video_time, next(waiting))
 
     def _offer(self, video_time: float | None, image: bytes) -> None:
         """Look at a frame's rate and header before it may wait. Raises ClientError."""
+        self._take_rate()
+        self._check_picture(image)
+        self.conversation.offer(video_time, image)
+
+    def _take_rate(self) -> None:
+        """Count a frame. Raises ClientError for one beyond the rate."""
         limits = self.gateway.limits
         if not self._frames.take():
             self.conversation.refuse("rate")
             raise ClientError("rate_limited", f"more than {limits.frames_per_s:g} frames a second: some were dropped")
-        self._check_picture(image)
-        self.conversation.offer(video_time, image)
 
     def _check_picture(self, image: bytes) -> None:
         """Look at a picture's header. Raises ClientError."""
