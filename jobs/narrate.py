@@ -186,15 +186,15 @@ def _videos_in(folder: Path) -> list[Path]:
 
 
 def question_of(text: str) -> Question:
-    """`TEXT@SECONDS`, or TEXT alone for the first frame."""
+    """`TEXT@SECONDS`, or TEXT alone for what is said before the first frame."""
     asked, at, seconds = text.rpartition("@")
     try:
         time_s = float(seconds) if at else 0.0
     except ValueError:
-        return Question(text)
+        return Question(text, opening=True)
     if not (math.isfinite(time_s) and time_s >= 0):
         raise ConfigError(f"--question {text!r}: the time is {seconds}, expected seconds from 0 on")
-    return Question(asked if at else text, time_s)
+    return Question(asked, time_s) if at else Question(text, opening=True)
 
 
 def read_request(arguments: Sequence[str] | None) -> Request:
@@ -224,7 +224,7 @@ def read_request(arguments: Sequence[str] | None) -> Request:
     _check_writable(options.output)
     if options.keep:
         tasks = [task for task in tasks if not task.done(options.burn)]
-    questions = [question_of(text) for text in options.question] or [Question(INSTRUCTION)]
+    questions = [question_of(text) for text in options.question] or [Question(INSTRUCTION, opening=True)]
     workers = options.workers if options.workers is not None else (0 if is_local() else len(tasks))
     return Request(config, tasks, questions, workers, options.burn)
 
@@ -259,7 +259,8 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="TEXT[@SECONDS]",
-        help=f"what the user asks, and when (default: 0); may be given again; without any, {INSTRUCTION!r}",
+        help="what the user asks, and when (default: before the first frame); may be given again; "
+        f"without any, {INSTRUCTION!r}",
     )
     parser.add_argument(
         "--keep", action="store_true", help="leave videos alone whose narration is there: a stopped run goes on"

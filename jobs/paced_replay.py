@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from actors.engine import Engine
-from actors.messages import End, FramesDecided, LogEntry, Query, ResponseEnded, ResponseTokens
+from actors.messages import End, FramesDecided, LogEntry, ResponseEnded, ResponseTokens
 from actors.session import Session
 from jobs.replay import Recording, Transcript, Utterance
 
@@ -72,7 +72,7 @@ class _Player:
         self._ending = False
         self._heard_at: float | None = None
         for number, question in enumerate(recording.questions):
-            session.add(Query(query_id=f"question-{number}", text=question.text, after_seq=-1, time=question.time))
+            session.add(question.query(number))
 
     def feed(self) -> None:
         """Admit what has come by now, as far as there are credits, and the end after the last frame."""

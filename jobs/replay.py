@@ -42,10 +42,19 @@ class FrameChunk:
 
 @dataclass(frozen=True)
 class Question:
-    """What the user says at `time` seconds of the video: at the first frame at or after it."""
+    """What the user says at `time` seconds of the video: at the first frame at or after it.
+
+    An `opening` is said before the first frame, where training has an instruction.
+    """
 
     text: str
     time: float = 0.0
+    opening: bool = False
+
+    def query(self, number: int) -> Query:
+        """As a session takes it."""
+        time = None if self.opening else self.time
+        return Query(query_id=f"question-{number}", text=self.text, after_seq=-1, time=time)
 
 
 @dataclass(frozen=True)
@@ -77,7 +86,7 @@ class Transcript:
 
     `suppressed` counts responses that said nothing or the same as before, where the settings drop those;
     `refused` says why a question was not put to the model. `spoke` are the frames at which the model spoke
-    of its own accord, `asked` those at which the user spoke, so that it had no choice.
+    of its own accord, `asked` those at which the user spoke, so that it had no choice (-1: before the first).
     """
 
     name: str
@@ -108,7 +117,7 @@ class Transcript:
                     self.times += entry.times
                     self.p_silent += entry.p_silent
                 case QueryConsumed():
-                    self.turns.append(Question(entry.text, entry.time))
+                    self.turns.append(Question(entry.text, entry.time, opening=entry.seq < 0))
                     self.asked.append(entry.seq)
                 case ResponseStarted():
                     self._started = entry
@@ -177,7 +186,7 @@ class _Player:
         self.pushed = 0
         self.complete = False
         for number, question in enumerate(recording.questions):
-            session.add(Query(query_id=f"question-{number}", text=question.text, after_seq=-1, time=question.time))
+            session.add(question.query(number))
 
     def feed(self) -> None:
         """Keep frames waiting while there are any; nothing more is needed while the session speaks."""

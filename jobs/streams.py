@@ -49,7 +49,7 @@ def play_of(dialogue: Dialogue) -> Played:
             case Stream():
                 shown += turn.num_frames
             case User():
-                questions.append(Question(turn.content, time))
+                questions.append(Question(turn.content, time, opening=shown == 0))
             case Assistant() if not isinstance(before, User):
                 labels.append(Moment(time=time, text=turn.content))
     return Played(dialogue, questions, labels)

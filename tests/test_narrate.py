@@ -214,7 +214,7 @@ def test_a_mistake_on_the_command_line_ends_in_one_line(
 def test_without_settings_the_embedded_default_is_used(sample_video: Path) -> None:
     request = read_request([str(sample_video)])
     assert request.config.model.llm == "embedded"
-    assert (request.questions, request.workers) == ([Question(INSTRUCTION)], 0)
+    assert (request.questions, request.workers) == ([Question(INSTRUCTION, opening=True)], 0)
 
 
 def test_a_submitted_job_uses_its_cluster(sample_video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,9 +237,10 @@ def test_rays_copy_of_a_folder_is_no_place_for_results(
 @pytest.mark.parametrize(
     ("text", "question"),
     [
-        ("Narrate.", Question("Narrate.")),
+        ("Narrate.", Question("Narrate.", opening=True)),
+        ("Narrate.@0", Question("Narrate.", 0.0)),
         ("Who came?@12.5", Question("Who came?", 12.5)),
-        ("Write to me@home", Question("Write to me@home")),
+        ("Write to me@home", Question("Write to me@home", opening=True)),
         ("a@b@3", Question("a@b", 3.0)),
     ],
 )

@@ -78,6 +78,22 @@ def test_questions_are_asked_at_their_frames_in_order_of_time(loaded: Loaded, en
     assert {answer.question for answer in answers} <= {"Narrate.", "What now?", "And the end?"}
 
 
+def test_an_opening_is_said_and_answered_before_the_first_frame(loaded: Loaded) -> None:
+    engine = Talker(loaded.model, loaded.template, EngineConfig(kv_memory_gb=0.05))
+    engine.decide = lambda logits: [Decision(1.0, True)] * len(logits)  # type: ignore[method-assign]
+    opening = Question("Narrate.", opening=True)
+    transcript = one(engine, Recording("a", chunks(loaded, 8), [Question("Now?"), opening]))
+    text = loaded.template.decode([40, 41, 42]).strip()
+    assert transcript.turns == [
+        opening,
+        Utterance(0.0, text, "Narrate."),
+        Question("Now?", 0.0),
+        Utterance(0.0, text, "Now?"),
+    ]
+    assert transcript.asked == [-1, 0]
+    assert len(transcript.times) == 8
+
+
 def test_an_answer_follows_its_question_in_the_transcript(loaded: Loaded) -> None:
     engine = Talker(loaded.model, loaded.template, EngineConfig(kv_memory_gb=0.05))
     engine.decide = lambda logits: [Decision(1.0, True)] * len(logits)  # type: ignore[method-assign]
