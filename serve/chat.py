@@ -29,7 +29,7 @@ from serve.errors import ApiError, described
 from serve.fetch import data_url, download
 from serve.gateway import Gateway
 from serve.health import check_model
-from serve.recorded import Pictures, Question, Recording, check_video, pictures_of_images, pictures_of_video, watch
+from serve.recorded import Pictures, Recording, check_video, pictures_of_images, pictures_of_video, watch
 from serve.server_events import ErrorEvent, ServerEvent
 from serve.sse import EventStream, as_data
 from serve.url_guard import UrlGuard
@@ -90,13 +90,13 @@ async def chat_completions(request: Request, gateway: TheGateway, client: Client
         wanted, upload = await _read(request, stack)
         model = check_model(gateway, wanted.model)
         asked = understood(wanted)
-        for text, _ in asked.questions:
-            gateway.check_question(text)
+        for question in asked.questions:
+            gateway.check_question(question.text)
         stack.enter_context(slot(request))
         pictures = await _pictures(request, gateway, asked, upload, stack)
         sampling = wanted.model_dump(include={"temperature", "top_p", "seed"}, exclude_none=True)
         conversation = await stack.enter_async_context(opened(gateway, client, asked.patch, sampling))
-        recording = Recording(pictures, tuple(Question(text, at) for text, at in asked.questions))
+        recording = Recording(pictures, asked.questions)
         events = watch(recording, conversation, gateway)
         answer = Answer(conversation.id, model.id, int(time.time()), wanted.video.spontaneous)
         if wanted.stream:

@@ -1,7 +1,8 @@
 """A request to `/v1/chat/completions` as types, and as what it asks for: pictures, questions, settings.
 
-Order in the messages is order in time: text before a video is asked at its beginning, text behind it at its
-end, text behind an image when that image has been seen; `video_time` on a text part says otherwise.
+Order in the messages is order in time: text before a video is said before its first frame, text behind it asked at
+its end, text behind an image when that image has been seen, text before images when the first one has;
+`video_time` on a text part says otherwise.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from serve.client_events import MOST_TOKENS, ClientError, SessionPatch, VideoTime, parse_patch
+from serve.recorded import Moment, Question
 
 MOST_IMAGES = 64
 NEUTRAL: dict[str, tuple[JsonValue, ...]] = {
@@ -118,11 +120,11 @@ class ChatRequest(BaseModel):
 
 @dataclass(frozen=True)
 class Asked:
-    """What a request asks for: one video, or images; `questions` with times, None for the end."""
+    """What a request asks for: one video, or images, and the questions about them."""
 
     video: VideoPart | None
     images: tuple[Url, ...]
-    questions: tuple[tuple[str, float | None], ...]
+    questions: tuple[Question, ...]
     patch: SessionPatch
 
 
@@ -131,12 +133,14 @@ def understood(request: ChatRequest) -> Asked:
     request.check_rest()
     video: VideoPart | None = None
     images: list[Url] = []
-    questions: list[tuple[str, float | None]] = []
-    for where, part in _parts(request.messages):
+    questions: list[Question] = []
+    parts = _parts(request.messages)
+    first: Moment = "before" if any(isinstance(part, VideoPart) for _, part in parts) else 0.0
+    for where, part in parts:
         match part:
             case TextPart():
-                after = None if video else max(0, len(images) - 1) / request.video.fps
-                questions.append((part.text, after if part.video_time is None else part.video_time))
+                place: Moment = "after" if video else (len(images) - 1) / request.video.fps if images else first
+                questions.append(Question(part.text, place if part.video_time is None else part.video_time))
             case VideoPart() if video is not None:
                 raise ClientError("bad_value", "a request is about one video, this is the second", where)
             case VideoPart():

@@ -119,7 +119,7 @@ class Viewer:
         video = {"fps": self.plan.fps, "drop_policy": "latest"}
         settings = {"include": ["frame_decided"], "max_output_tokens": MAX_OUTPUT_TOKENS, "video": video}
         await self._say({"type": "session.update", "session": settings})
-        await self._ask(INSTRUCTION, 0.0)
+        await self._ask(INSTRUCTION)
         start = asyncio.get_running_loop().time()
         asked = False
         frames = self.plan.frames()
@@ -127,7 +127,7 @@ class Viewer:
             video_time, image = frame
             await asyncio.sleep(start + video_time - asyncio.get_running_loop().time())
             if not asked and video_time >= self.plan.seconds / 2:
-                await self._ask(QUESTION, None)
+                await self._ask(QUESTION)
                 asked = True
             await self.socket.send(pack_binary(video_time, image))
             self.sent += 1
@@ -136,11 +136,9 @@ class Viewer:
     async def _say(self, message: dict[str, object]) -> None:
         await self.socket.send(json.dumps(message))
 
-    async def _ask(self, text: str, video_time: float | None) -> None:
-        part: dict[str, object] = {"type": "input_text", "text": text}
-        if video_time is not None:
-            part["video_time"] = video_time
-        await self._say({"type": "conversation.item.create", "item": {"content": [part]}})
+    async def _ask(self, text: str) -> None:
+        content = [{"type": "input_text", "text": text}]
+        await self._say({"type": "conversation.item.create", "item": {"content": content}})
 
     async def _listen(self) -> None:
         async for text in self.socket:

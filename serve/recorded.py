@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Seque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from actors.bus import BusError
 from actors.tasks import end_all
@@ -28,14 +29,15 @@ log = logging.getLogger(__name__)
 JPEG_QUALITY = 95
 
 Pictures = Iterator[tuple[float, bytes]]
+Moment = float | Literal["before", "after"]
 
 
 @dataclass(frozen=True)
 class Question:
-    """Asked at `time` of the video; once the last frame is there for None."""
+    """Asked at `time` seconds of the video, or outside of it: before the first frame, or once the last one is there."""
 
     text: str
-    time: float | None
+    time: Moment
 
 
 @dataclass(frozen=True)
@@ -128,8 +130,8 @@ async def _watch(recording: Recording, conversation: Conversation, gateway: Gate
 async def _supply(recording: Recording, conversation: Conversation) -> None:
     """Offer every picture in order and ask every question, then say that there are no more."""
     for question in recording.questions:
-        if question.time is not None:
-            await conversation.ask(question.text, question.time)
+        if question.time != "after":
+            await conversation.ask(question.text, None if question.time == "before" else question.time)
     pictures = recording.pictures()
     loop = asyncio.get_running_loop()
     thread = ThreadPoolExecutor(1, thread_name_prefix="decode")
@@ -151,5 +153,5 @@ async def _supply(recording: Recording, conversation: Conversation) -> None:
 async def _ask_at_the_end(recording: Recording, conversation: Conversation, last: float) -> None:
     """Before the last frame is admitted, for its moment: its decision must not come first."""
     for question in recording.questions:
-        if question.time is None:
+        if question.time == "after":
             await conversation.ask(question.text, last)

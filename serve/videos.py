@@ -20,7 +20,7 @@ from serve.client_events import ClientError, SessionPatch, check_time, parse_pat
 from serve.conversation import Conversation
 from serve.errors import ApiError, described
 from serve.gateway import Gateway
-from serve.recorded import Question, Recording, check_video, pictures_of_video, watch
+from serve.recorded import Moment, Question, Recording, check_video, pictures_of_video, watch
 from serve.server_events import ServerEvent, SessionCreated
 from serve.sse import EventStream, as_sse
 
@@ -38,7 +38,9 @@ async def videos(
     client: Client,
     video: Annotated[UploadFile, File(description="a video file")],
     question: Annotated[list[str], Form(description="asked at its question_time")] = [],  # noqa: B006
-    question_time: Annotated[list[float], Form(description="seconds, one per question; 0 where absent")] = [],  # noqa: B006
+    question_time: Annotated[
+        list[float], Form(description="seconds, one per question; before the first frame where absent")
+    ] = [],  # noqa: B006
     fps: Annotated[float, Form(gt=0, le=60)] = 2.0,
     threshold: Annotated[float | None, Form(ge=0)] = None,
     max_output_tokens: Annotated[int | None, Form(description="longest response")] = None,
@@ -49,7 +51,8 @@ async def videos(
         gateway.check_question(text)
     if len(question_time) > len(question):
         raise ClientError("bad_value", f"{len(question_time)} times for {len(question)} questions", "question_time")
-    times = [check_time(at) for at in question_time] + [0.0] * (len(question) - len(question_time))
+    times: list[Moment] = [check_time(at) for at in question_time]
+    times += ["before"] * (len(question) - len(times))
     settings = {"max_output_tokens": max_output_tokens, "video": {"fps": fps, "threshold": threshold}}
     patch = parse_patch({"include": include, **settings})
     async with AsyncExitStack() as stack:
@@ -57,7 +60,7 @@ async def videos(
         path = await stack.enter_async_context(stored(video))
         await check_video(path, shown_name(video), gateway.limits.video_pixels)
         conversation = await stack.enter_async_context(opened(gateway, client, patch))
-        asked = tuple(Question(text, at) for at, text in zip(times, question, strict=True))
+        asked = tuple(Question(text, at) for text, at in zip(question, times, strict=True))
         recording = Recording(pictures_of_video(path, fps, request.app.state.resolution_px), asked)
         texts = _told(SessionCreated(session=conversation.info), watch(recording, conversation, gateway))
         return EventStream(texts, stack.pop_all(), gateway.limits.send_s)

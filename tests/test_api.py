@@ -42,6 +42,22 @@ def test_a_posted_video_is_watched_to_its_end(url: str, sample_video: Path) -> N
     assert events[-1].frames.decided == len(decided)
 
 
+def test_a_question_without_a_time_is_said_before_the_first_frame(url: str, sample_video: Path) -> None:
+    events = post_video(
+        url,
+        sample_video.read_bytes(),
+        question=["And then?", "Narrate."],
+        question_time="10",
+        fps="0.2",
+        max_output_tokens="3",
+        include="frame_decided",
+    )
+    asked = [event for event in events if isinstance(event, ItemAdded | FrameDecided)]
+    told = [event.item.content[0].text if isinstance(event, ItemAdded) else event.seq for event in asked]
+    assert told[:4] == ["Narrate.", 0, 1, 2]
+    assert told[4:6] == ["And then?", 3]
+
+
 @pytest.mark.parametrize(
     ("video", "form", "status", "says"),
     [

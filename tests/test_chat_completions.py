@@ -14,6 +14,8 @@ from application import application
 from live_client import picture
 from test_url_guard import Server
 
+from serve.chat_request import ChatRequest, understood
+
 MODEL = "videollm-online"
 WORDS = {"role": "user", "content": [{"type": "text", "text": "What is there?"}]}
 
@@ -112,6 +114,19 @@ def test_streamed_and_whole_are_the_same_message(client: openai.OpenAI, clip: by
     whole = client.chat.completions.create(**request).choices[0].message.content
     pieces = [chunk.choices[0].delta.content or "" for chunk in client.chat.completions.create(**request, stream=True)]
     assert "".join(pieces).strip() == whole.strip()
+
+
+def test_order_in_the_messages_is_order_in_time() -> None:
+    image, video = image_part(10), {"type": "video"}
+
+    def moments(*parts: dict[str, object]) -> list[float | str]:
+        request = ChatRequest(model=MODEL, messages=user(*parts))
+        return [question.time for question in understood(request).questions]
+
+    assert moments(asked("Narrate."), video, asked("What was it?")) == ["before", "after"]
+    assert moments(asked("At once", 0.0), asked("Later", 7.0), video, asked("Then", 2.5)) == [0.0, 7.0, 2.5]
+    assert moments(asked("What is it?"), image) == [0.0]
+    assert moments(image, asked("And?"), image, image, asked("Well?"), asked("Early", 0.0)) == [0.0, 1.0, 0.0]
 
 
 def test_images_are_frames_in_order(client: openai.OpenAI) -> None:

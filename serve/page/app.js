@@ -109,15 +109,15 @@ class Run {
     if (!this.isFile) player.srcObject = null;
   }
 
-  ask(text, time = null) {
+  ask(text) {
     const id = `item_${random()}`;
-    transcript.ask(id, text, time);
-    this.#askAgain(id, text, time);
+    transcript.ask(id, text);
+    this.#askAgain(id, text);
   }
 
-  #askAgain(id, text, time) {
+  #askAgain(id, text) {
     if (!this.connection?.ready) return;
-    const content = [{ type: "input_text", text, ...(time === null ? {} : { video_time: time }) }];
+    const content = [{ type: "input_text", text }];
     this.connection.say({ type: "conversation.item.create", event_id: id, item: { id, content } });
   }
 
@@ -165,7 +165,7 @@ class Run {
 
   began(through) {
     this.#tellSettings();
-    for (const { id, text, askedFor } of transcript.unheard) this.#askAgain(id, text, askedFor);
+    for (const { id, text } of transcript.unheard) this.#askAgain(id, text);
     this.feed.resume(through);
     this.signal.notify();
   }
@@ -252,7 +252,7 @@ async function start() {
   run = mine;
   part("stage").dataset.source = source;
   const opening = part("opening").value.trim();
-  if (opening) mine.ask(opening, 0);
+  if (opening) mine.ask(opening);
   showControls();
   showFigures();
   try {

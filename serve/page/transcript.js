@@ -25,8 +25,8 @@ export class Transcript {
   }
 
   /** A question on its way, until an event says that it was heard. */
-  ask(id, text, videoTime) {
-    this.#set({ id, who: "user", time: null, askedFor: videoTime, text, state: "waiting" });
+  ask(id, text) {
+    this.#set({ id, who: "user", time: null, text, state: "waiting" });
   }
 
   /** Questions that nobody has confirmed: to be sent again after a lost connection. */
