@@ -101,10 +101,11 @@ class TrainingSet:
         rendered = self._clipped(whole)
         labels = [(label, frame) for label, frame in zip(rendered.labels, rendered.at_frame, strict=True)]
         if all(label == IGNORED for label, _ in labels):
-            reason = "clipped to training.max_tokens, it" if len(rendered.labels) < len(whole.labels) else "it"
-            raise DatasetError(
-                f"dialogue {dialogue.dialogue_id!r} has nothing to learn: {reason} has no turn with learn: true"
-            )
+            clipped = "clipped to training.max_tokens, " if len(rendered.labels) < len(whole.labels) else ""
+            wanted = "turn with learn: true"
+            if self.objective == "interleaved":
+                wanted = "response with learn: true, the objective interleaved needs one"
+            raise DatasetError(f"dialogue {dialogue.dialogue_id!r} has nothing to learn: {clipped}it has no {wanted}")
         silence = self.template.silence_id
         return Measured(
             tokens=len(rendered.input_ids),

@@ -10,7 +10,7 @@ from training_data import narrated, write_store
 
 from actors.causal_lm import load_tokenizer
 from actors.config import FrameConfig, ModelConfig
-from actors.dialogue import Template
+from actors.dialogue import Stream, Template
 from actors.objective import Objective
 from jobs.dataset import DatasetError, TrainingSet, clip
 from jobs.dialogues import Dialogue
@@ -174,8 +174,16 @@ def test_a_dialogue_without_anything_to_learn_is_refused(store: FrameStore, temp
         turn.model_copy(update={"learn": False}) if hasattr(turn, "learn") else turn for turn in dialogue.conversation
     )
     data = TrainingSet([dialogue.model_copy(update={"conversation": turns})], store, template)
-    with pytest.raises(DatasetError, match="'ab-narration-0' has nothing to learn"):
+    with pytest.raises(DatasetError, match=r"'ab-narration-0' has nothing to learn: it has no turn with learn: true"):
         data.measure(0)
+
+
+def test_the_interleaved_objective_learns_nothing_from_a_silent_video(store: FrameStore, template: Template) -> None:
+    silent = narrated("ab").model_copy(update={"conversation": (Stream(num_frames=10, learn=True),)})
+    for objective in ("streaming", "per_frame"):
+        assert TrainingSet([silent], store, template, objective).measure(0).frames == 10
+    with pytest.raises(DatasetError, match="it has no response with learn: true, the objective interleaved needs one"):
+        TrainingSet([silent], store, template, "interleaved").measure(0)
 
 
 def test_a_dialogue_without_frames_needs_no_video(store: FrameStore, template: Template) -> None:
