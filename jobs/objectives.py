@@ -2,7 +2,8 @@
 
 The shape of its Table 1a at a small scale: the same start, dialogues, order and number of steps for each objective,
 with several seeds, then the streaming metrics by teacher forcing on the validation split. A model of `per_frame` is
-graded in its own form (jobs/per_frame.py). `objectives.folder` gets DATE-objectives.json, .md and .png.
+graded in its own form (jobs/per_frame.py). Training dialogues in which nothing is said are left out: `interleaved`
+learns nothing from them. `objectives.folder` gets DATE-objectives.json, .md and .png.
 
 Needs dialogues and frame tokens, as jobs.train does; docs/training.md makes up small ones, with which all takes some
 twenty minutes of one core.
@@ -23,6 +24,7 @@ from actors.config import Config, ModelConfig, Section
 from actors.model import VideoLLM
 from actors.objective import Objective
 from actors.runtime import limit_threads
+from actors.turns import Assistant
 from jobs.dataset import TrainingSet
 from jobs.dialogues import DataConfig
 from jobs.encode_frames import StoreConfig
@@ -81,6 +83,10 @@ def train_and_grade(config: Config, settings: ObjectivesConfig) -> Outcome:
     loaded = start(config.model, training, "cpu")
     data = load_data(config, loaded.template)
     check_held_out(config, data)
+    spoken = [
+        one for one in data.dialogues if any(isinstance(turn, Assistant) and turn.learn for turn in one.conversation)
+    ]
+    silent, data.dialogues = len(data.dialogues) - len(spoken), spoken
     held_out = load_validation(_of(config, "streaming", training.seed), loaded.template)
     learner = Learner(loaded.model, data, measured_plan(data, training), training)
     began, losses, tokens = time.process_time(), [], 0
@@ -103,6 +109,7 @@ def train_and_grade(config: Config, settings: ObjectivesConfig) -> Outcome:
         lm_correctness=found.lm_correctness,
         outcomes={str(name): count for name, count in found.outcomes.items()},
         dialogues=len(replies),
+        left_out=silent,
         positions=tokens,
         seconds=seconds,
         losses=losses,

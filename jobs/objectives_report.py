@@ -20,7 +20,10 @@ LESS_IS_BETTER = {"time_diff", "lm_ppl"}
 
 @dataclass(frozen=True)
 class Outcome:
-    """One objective trained with one seed: `positions` in `seconds` of CPU; `time_diff` in seconds, of `dialogues`."""
+    """One objective trained with one seed: `positions` in `seconds` of CPU; `time_diff` in seconds, of `dialogues`.
+
+    `left_out` training dialogues say nothing.
+    """
 
     objective: Objective
     seed: int
@@ -30,6 +33,7 @@ class Outcome:
     lm_correctness: float | None
     outcomes: dict[str, int]
     dialogues: int
+    left_out: int
     positions: int
     seconds: float
     losses: list[float]
@@ -86,7 +90,8 @@ class ObjectivesReport:
             f"{self.model} from `{self.start}`, {self.steps} steps of {self.batch} dialogues of `{self.data}`, "
             f"decisions at frames weighted {self.stream_weight:g} times, {seeds} seeds; "
             f"{max(one.dialogues for one in self.outcomes)} validation dialogues, teacher-forced, strict, threshold "
-            f"{self.threshold:g}; {self.processor}",
+            f"{self.threshold:g}; {max(one.left_out for one in self.outcomes)} training dialogues in which nothing is "
+            f"said left out; {self.processor}",
             "",
             "| | " + " | ".join(METRICS.values()) + " | positions | CPU s | replies |",
             "|---" * (len(METRICS) + 4) + "|",

@@ -11,7 +11,7 @@ from training_data import narrated, untrained_config, write_store
 
 from actors import checkpoint
 from actors.config import Config, ModelConfig
-from actors.dialogue import Template
+from actors.dialogue import Stream, Template
 from actors.objective import Objective, taught
 from jobs.dataset import DatasetError
 from jobs.dialogue_files import to_line
@@ -69,7 +69,9 @@ def test_all_objectives_are_trained_and_graded(tiny_configs: dict[str, ModelConf
     write_store(tmp_path / "tokens", model.frames, ["ab", "abcd", "abcdef"], fingerprint)
     for split, videos in (("train", ["ab", "abcd"]), ("validation", ["abcdef"])):
         (tmp_path / "dialogues").mkdir(exist_ok=True)
-        lines = "".join(to_line(narrated(video)) for video in videos)
+        silent = narrated("ab").model_copy(update={"conversation": (Stream(num_frames=10, learn=True),)})
+        said = [narrated(video) for video in videos]
+        lines = "".join(to_line(one) for one in ([silent] if split == "train" else []) + said)
         (tmp_path / "dialogues" / f"{split}.jsonl").write_text(lines)
     sections = {
         "model": model.model_dump(mode="json"),
@@ -80,13 +82,14 @@ def test_all_objectives_are_trained_and_graded(tiny_configs: dict[str, ModelConf
     }
     report = compare(Config(sections, "test"))
     assert [one.objective for one in report.outcomes] == ["per_frame", "interleaved", "streaming"]
-    assert {(one.dialogues, len(one.losses)) for one in report.outcomes} == {(1, 1)}
+    assert {(one.dialogues, one.left_out, len(one.losses)) for one in report.outcomes} == {(1, 1, 1)}
     assert {sum(one.outcomes.values()) for one in report.outcomes} == {2}  # the first of three answers a question
     (saved,) = (tmp_path / "found").glob("*-objectives.json")
     assert len(json.loads(saved.read_text())["outcomes"]) == 3
     assert saved.with_suffix(".png").is_file()
     told = saved.with_suffix(".md").read_text()
     assert "1 steps of 2 dialogues" in told
+    assert "1 training dialogues in which nothing is said left out" in told
     assert "streaming is better than per_frame in" in told
 
     seen = to_line(narrated("abcd"))
@@ -96,7 +99,7 @@ def test_all_objectives_are_trained_and_graded(tiny_configs: dict[str, ModelConf
 
 
 def outcome(objective: Objective, seed: int, time_diff: float | None) -> Outcome:
-    return Outcome(objective, seed, time_diff, 0.5, None, 0.5, {"late": 2}, 3, 100, 1.5, [2.0, 1.0])
+    return Outcome(objective, seed, time_diff, 0.5, None, 0.5, {"late": 2}, 3, 0, 100, 1.5, [2.0, 1.0])
 
 
 def test_a_win_needs_both_values_and_may_be_counted_before_all_are_trained(tmp_path: Path) -> None:
