@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,7 +65,7 @@ class Summary:
             "videos": self.videos,
             "progress": [[round(seconds, 3), frames] for seconds, frames in self.progress],
         }
-        temporary = folder / f".{FILE}.{os.getpid()}"
+        temporary = folder / f".{FILE}"  # one program at a time writes to a store
         temporary.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
         temporary.replace(folder / FILE)
         if self.frames:
