@@ -37,8 +37,8 @@ serve: $(INSTALLED)
 	$(RUN) -m serve.app $(CONFIG) $(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)")
 
 finetune: $(INSTALLED)
-	@test -n "$(VIDEOS)" || { echo 'make finetune: give VIDEOS=folder, with videos and their texts in it' >&2; exit 1; }
-	$(RUN) -m jobs.finetune configs/finetune.yaml 'annotations.paths=["$(VIDEOS)"]'
+	@test -n "$$VIDEOS" || { echo 'make finetune: give VIDEOS=folder, with videos and their texts in it' >&2; exit 1; }
+	$(RUN) -m jobs.finetune configs/finetune.yaml "annotations.paths=[\"$$VIDEOS\"]"
 
 train-default: $(INSTALLED)
 	$(RUN) -m jobs.make_streams $(DEFAULT)

@@ -161,8 +161,9 @@ def video_id(path: str | Path) -> str:
 def named(folder: Path, name: str, suffixes: Sequence[str]) -> Path | None:
     """The file `name` in `folder` with one of `suffixes`, the first of them that is there, in capitals or not."""
     for suffix in suffixes:
-        if (path := folder / f"{name}{suffix}").is_file() or (path := path.with_suffix(suffix.upper())).is_file():
-            return path
+        for written in (suffix, suffix.upper(), f".{suffix[1:].capitalize()}"):
+            if (path := folder / f"{name}{written}").is_file():
+                return path
     return None
 
 

@@ -243,7 +243,7 @@ def _provenance(config: Config) -> dict[str, object]:
 
 def _replace(path: Path, parts: Iterable[str]) -> None:
     """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.part-{os.getpid()}")
     with temporary.open("w") as file:
         file.writelines(parts)
     temporary.replace(path)

@@ -13,10 +13,13 @@ from actors.dialogue import IGNORED, Rendered, Template
 from actors.objective import Objective, taught
 from actors.packed import Packed
 from jobs.dialogues import Dialogue
+from jobs.encoding_summary import failures
 from jobs.frame_store import FrameStore
 from jobs.plan import Measured, Pick
 
 logger = logging.getLogger(__name__)
+
+MOST_NAMES = 20  # of videos, said aloud
 
 
 class DatasetError(ValueError):
@@ -53,7 +56,8 @@ class TrainingSet:
     """Dialogues over the videos of a store, each rendered when it is asked for.
 
     Raises DatasetError where fps, tokens a frame or frame ranges disagree, a dialogue has nothing to
-    learn, or no dialogue has its video in the store. Dialogues whose video is not there are left out.
+    learn, or no dialogue is left. Left out, and told in lines of `left_out`, are dialogues whose video is not in
+    the store, and those that show frames which jobs.encode_frames found damaged.
     """
 
     def __init__(
@@ -73,18 +77,35 @@ class TrainingSet:
                 f"the store {store.path} has {store.info.num_tokens} tokens a frame, "
                 f"model.frames says {template.frames.num_tokens}: run jobs.encode_frames again into another folder"
             )
-        self.dialogues = [d for d in dialogues if d.num_frames == 0 or d.video_id in store]
-        absent = sorted({dialogue.video_id for dialogue in dialogues} - {d.video_id for d in self.dialogues})
-        if not self.dialogues:
-            wanted = f"none of the {len(absent)} videos in them" if absent else "there are no dialogues"
+        there = [dialogue for dialogue in dialogues if dialogue.num_frames == 0 or dialogue.video_id in store]
+        absent = [dialogue for dialogue in dialogues if dialogue.num_frames and dialogue.video_id not in store]
+        why = failures(store.path) if absent else {}
+        failed = [dialogue for dialogue in absent if dialogue.video_id in why]
+        unknown = [dialogue for dialogue in absent if dialogue.video_id not in why]
+        self.dialogues, cut = list[Dialogue](), list[Dialogue]()
+        for dialogue in there:
+            (self.dialogues if self._fits(dialogue) else cut).append(dialogue)
+        reasons = {
+            "not in the frame-token store": unknown,
+            "jobs.encode_frames failed on them": failed,
+            "they show frames that are damaged": cut,
+        }
+        self.left_out = [f"{_counted(some)}, {reason}: {_named(some)}" for reason, some in reasons.items() if some]
+        if not self.dialogues and (failed or cut):
+            first = (failed or cut)[0].video_id
             raise DatasetError(
-                f"dialogues and frame tokens have no video in common: {wanted} is in {store.path}, "
-                f"which has {len(store.video_ids())}: run jobs.encode_frames, or look at data.folder's coverage.json"
+                f"no dialogue is left: {'; '.join(self.left_out)} ({why.get(first) or store.damage(first)}): "
+                "put whole files in their place and run jobs.encode_frames again (into another store.folder if damaged)"
             )
-        if absent:
-            logger.warning("left out, not in the frame-token store: %s", ", ".join(absent))
-        for dialogue in self.dialogues:
-            self._check(dialogue)
+        if not self.dialogues:
+            wanted = f"none of the {len({one.video_id for one in unknown})} videos in them"
+            raise DatasetError(
+                f"dialogues and frame tokens have no video in common: {wanted if unknown else 'there are no dialogues'}"
+                f" is in {store.path}, which has {len(store.video_ids())}: run jobs.encode_frames, "
+                "or look at data.folder's coverage.json"
+            )
+        for line in self.left_out:
+            logger.warning("left out: %s", line)
 
     def __len__(self) -> int:
         return len(self.dialogues)
@@ -180,7 +201,8 @@ class TrainingSet:
         first = dialogue.frames[0]
         return self.store.frames(dialogue.video_id, first, first + count)
 
-    def _check(self, dialogue: Dialogue) -> None:
+    def _fits(self, dialogue: Dialogue) -> bool:
+        """Whether the store has its frames; False where it knows why not. Raises DatasetError."""
         where = f"dialogue {dialogue.dialogue_id!r}"
         if dialogue.fps != self.store.info.fps:
             raise DatasetError(
@@ -188,13 +210,25 @@ class TrainingSet:
                 f"{self.store.info.fps:g} fps: set data.fps or store.fps and run its job again"
             )
         if dialogue.num_frames == 0:
-            return
+            return True
         count = self.store.num_frames(dialogue.video_id)
-        if dialogue.frames[1] > count:
+        if dialogue.frames[1] > count and not self.store.damage(dialogue.video_id):
             raise DatasetError(
                 f"{where} shows frames {dialogue.frames[0]}..{dialogue.frames[1] - 1} of video {dialogue.video_id!r}, "
                 f"the store has {count}: run jobs.build_dialogues and jobs.encode_frames with the same video"
             )
+        return dialogue.frames[1] <= count
+
+
+def _counted(dialogues: Sequence[Dialogue]) -> str:
+    videos = len({dialogue.video_id for dialogue in dialogues})
+    return f"{len(dialogues)} dialogue{'s'[: len(dialogues) != 1]} of {videos} video{'s'[: videos != 1]}"
+
+
+def _named(dialogues: Sequence[Dialogue]) -> str:
+    names = sorted({dialogue.video_id for dialogue in dialogues})
+    more = len(names) - MOST_NAMES
+    return ", ".join(names[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 def clip(rendered: Rendered, limit: int, frame_id: int) -> Rendered:

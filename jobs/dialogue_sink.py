@@ -86,7 +86,10 @@ def alone(folder: Path) -> Iterator[None]:
         if not try_lock(handle):
             raise ConfigError(f"another program is writing dialogues to {folder}: wait until it ends")
         for stale in (path for name in (".*.part-*", ".quarantine-*") for path in folder.glob(name)):
-            shutil.rmtree(stale, ignore_errors=True)
+            if stale.is_dir():
+                shutil.rmtree(stale, ignore_errors=True)
+            else:
+                stale.unlink()
         yield
     finally:
         os.close(handle)

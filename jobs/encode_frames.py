@@ -8,7 +8,8 @@ the last run went. The next step is jobs.train.
 
 Features that the public reference has made of videos (.pt) are taken over as they are, if the name of
 their folder says that `model.vision` made them. A video that cannot be read is reported and the others
-go on; the exit code is then 1.
+go on; the exit code is then 1. Of one that is damaged further on, the frames before the damage's end are
+kept, and the store says so.
 """
 
 from __future__ import annotations
@@ -130,12 +131,15 @@ def _finish(name: str, video: OpenVideo, strict: bool, summary: Summary) -> None
     try:
         if video.error:
             raise StoreError(video.error)
-        video.writer.commit()
+        video.writer.commit(damage=video.damage)
     except StoreError as error:
         video.writer.discard()
         _failed(name, str(error), strict, summary)
     else:
         summary.add_video(name, video.writer.frames)
+        if video.damage:
+            summary.damaged[name] = video.damage
+            logger.warning("video=%s %s", name, video.damage)
         logger.info("video=%s frames=%d", name, video.writer.frames)
 
 
@@ -154,6 +158,7 @@ class OpenVideo:
         self.early: dict[int, Row] = {}
         self.next = 0
         self.error = ""
+        self.damage = ""
 
     def add(self, row: Row) -> bool:
         """Take a chunk; True if it made the video complete."""
@@ -164,7 +169,7 @@ class OpenVideo:
             self.writer.append(row["times"][:count].tolist(), torch.from_numpy(row["tokens"][:count].copy()))
             self.next += count
             if row["last"]:
-                self.error = str(row["error"])
+                self.error, self.damage = str(row["error"]), str(row["damage"])
                 return True
         return False
 

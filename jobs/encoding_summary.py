@@ -7,12 +7,14 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+FILE = "encoding.json"
 POINTS = 500  # of the picture: a run of days has as many as one of minutes
 
 
 @dataclass
 class Summary:
-    """`videos` maps what was encoded to its frames, `failed` to what was wrong.
+    """`videos` maps what was encoded to its frames; `failed` what was not, and `damaged` what was in part, to what
+    was wrong.
 
     `progress` is (seconds since the start, frames until then), a point for every so many chunks.
     """
@@ -22,6 +24,7 @@ class Summary:
     frames: int = 0
     seconds: float = 0.0
     failed: dict[str, str] = field(default_factory=dict)
+    damaged: dict[str, str] = field(default_factory=dict)
     videos: dict[str, int] = field(default_factory=dict)
     progress: list[tuple[float, int]] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
@@ -58,10 +61,13 @@ class Summary:
             "seconds": round(self.seconds, 3),
             "frames_per_s": round(self.frames_per_s, 3),
             "failed": self.failed,
+            "damaged": self.damaged,
             "videos": self.videos,
             "progress": [[round(seconds, 3), frames] for seconds, frames in self.progress],
         }
-        (folder / "encoding.json").write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+        temporary = folder / f".{FILE}"  # one program at a time writes to a store
+        temporary.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+        temporary.replace(folder / FILE)
         if self.frames:
             self._plot(folder / "encoding.png")
 
@@ -85,3 +91,11 @@ class Summary:
             fontsize=10,
         )
         figure.savefig(path, dpi=90)
+
+
+def failures(folder: Path) -> dict[str, str]:
+    """The videos that the last run on the store in `folder` could not encode, and why; none where it does not say."""
+    try:
+        return dict(json.loads((folder / FILE).read_text())["failed"])
+    except (FileNotFoundError, KeyError, ValueError):
+        return {}

@@ -151,6 +151,7 @@ def _plan_lines(plan: Plan, data: TrainingSet) -> Iterator[str]:
         f"data: {len(measured):,} dialogues of {len(data.video_ids()):,} videos, {total['frames']:,} frames, "
         f"{total['tokens']:,} positions, the longest {max(one.tokens for one in measured):,}"
     )
+    yield from (f"left out: {line}" for line in data.left_out)
     yield f"labels: {total['text']:,} of text, {total['silent']:,} silent and {total['speaking']:,} speaking at frames"
     yield f"clipped to {data.max_tokens:,} positions: {len(clipped)} dialogues, {sum(clipped):,} positions left out"
     yield (

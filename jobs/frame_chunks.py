@@ -20,13 +20,14 @@ from pydantic import Field
 
 from actors.config import ModelConfig, Section
 from actors.encoder import EncoderConfig, FrameEncoder
-from actors.video import VideoError, read_frames
+from actors.video import VideoError, probe, read_frames
+from jobs.extents import frames_in
 from jobs.remote_files import local_copy
 
 logger = logging.getLogger(__name__)
 
-# One row; `count` frames are in it, `first` is the index of the first. The last chunk of a video has `last`,
-# and `error` where the video ended badly.
+# One row; `count` frames are in it, `first` is the index of the first. The last chunk of a video has `last`, `error`
+# where nothing of the video is of use, and `damage` where it ended before its time.
 Row = dict[str, np.ndarray]
 
 CHUNKS_AHEAD = 24  # of each encoder: decoded, encoded, or on their way
@@ -106,7 +107,7 @@ def decoded_chunks(batch: Row, fps: float, resolution_px: int, size: int, cache:
     """The chunks of one video; the last one says so, and what was wrong."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")  # which decoder took over is worth knowing
     name, path = str(batch["video_id"][0]), str(batch["path"][0])
-    count, error = 0, ""
+    count, error, damage = 0, "", ""
     waiting: Row | None = None  # a chunk is known to be the last one only when no other follows
     try:
         with local_copy(path, cache) as file:
@@ -116,6 +117,8 @@ def decoded_chunks(batch: Row, fps: float, resolution_px: int, size: int, cache:
                     yield waiting
                 waiting = _chunk(name, count, [frame.time for frame in frames], [frame.image for frame in frames], size)
                 count += len(frames)
+            if count < (promised := frames_in(probe(file), fps)):
+                damage = f"{path}: damaged, {count} of its {promised} frames can be decoded"
     except (VideoError, OSError) as problem:
         error = str(problem)
     except Exception as problem:  # what a strange file makes a decoder raise costs this video, not all others
@@ -123,7 +126,7 @@ def decoded_chunks(batch: Row, fps: float, resolution_px: int, size: int, cache:
         error = f"{path}: {type(problem).__name__}: {problem}"
     if waiting is None:  # a row must have a shape, even one without a frame
         waiting = _chunk(name, 0, [], [np.zeros((resolution_px, resolution_px, 3), np.uint8)], size)
-    yield waiting | {"last": np.array([True]), "error": np.array([error])}
+    yield waiting | {"last": np.array([True]), "error": np.array([error]), "damage": np.array([damage])}
 
 
 def _chunk(name: str, first: int, times: list[float], images: Sequence[np.ndarray], size: int) -> Row:
@@ -136,6 +139,7 @@ def _chunk(name: str, first: int, times: list[float], images: Sequence[np.ndarra
         "count": np.array([len(times)]),
         "last": np.array([False]),
         "error": np.array([""]),
+        "damage": np.array([""]),
         "times": np.array([times + [0.0] * (size - len(times))]),
         "frames": frames,
     }

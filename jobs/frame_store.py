@@ -116,6 +116,11 @@ class FrameStore:
         metadata: dict[bytes, bytes] = self._parquet(video_id).schema_arrow.metadata or {}
         return metadata.get(b"source", b"").decode()
 
+    def damage(self, video_id: str) -> str:
+        """Why the video has fewer frames than it should, as it was encoded; empty where nothing is known of that."""
+        metadata: dict[bytes, bytes] = self._parquet(video_id).metadata.metadata or {}
+        return metadata.get(b"damage", b"").decode()
+
     def frames(self, video_id: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Tokens of frames start..stop-1 as (F, N, D) fp16. Raises StoreError for frames that are not there."""
         rows, start, stop = self._rows(video_id, start, stop, "tokens")
@@ -209,12 +214,17 @@ class VideoWriter:
         while len(self.waiting_times) >= ROWS_PER_GROUP:
             self._write_group()
 
-    def commit(self) -> None:
-        """Finish the file and give it its name. Raises StoreError for a video without a frame."""
+    def commit(self, damage: str = "") -> None:
+        """Finish the file and give it its name; `damage` says why frames are missing at its end, and stays with it.
+
+        Raises StoreError for a video without a frame.
+        """
         if self.waiting_times:
             self._write_group()
         if self.frames == 0:
             raise StoreError(f"video {self.video_id!r} has no frame: nothing was stored")
+        if damage:
+            self.parquet.add_key_value_metadata({"damage": damage})
         self.parquet.close()
         self.temporary.replace(self.target)
 

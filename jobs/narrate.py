@@ -289,9 +289,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {cause}", file=sys.stderr)
         return 1
-    for task in request.tasks if len(request.tasks) == 1 else ():
+    failed = any(outcome.error for outcome in outcomes)
+    for task in request.tasks if len(request.tasks) == 1 and not failed else ():
         print(f"{task.target}.jsonl .srt .vtt{' ' + VIDEO_SUFFIX if request.burns else ''}")
-    return int(any(outcome.error for outcome in outcomes))
+    return int(failed)
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:

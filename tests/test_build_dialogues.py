@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -13,6 +17,8 @@ import fsspec
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import ray
+import yaml
 
 from actors.config import Config, ConfigError
 from actors.video import VideoInfo, probe, read_frames
@@ -190,10 +196,47 @@ def test_what_a_model_writes_is_judged_kept_and_not_written_again(
     assert read_dialogues(tmp_path / "out" / "train") == first
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_after_kill_9_another_run_gives_the_rows_of_an_undisturbed_one(videos: Path, tmp_path: Path) -> None:
+    """Of several hundred rows over the same clip some are written when it happens, and most are not."""
+    moments = [{"time": 0.5, "text": "You start."}, {"time": 3, "text": "You go on."}]
+    rows = [{"video": str(videos / "clip0.mp4"), "video_id": f"clip{n}", "moments": moments} for n in range(8 * 64)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config, out = settings(tmp_path / "rows.jsonl", tmp_path / "out", validation_fraction=0.3), tmp_path / "out"
+    file = tmp_path / "settings.yaml"
+    file.write_text(yaml.safe_dump(config.sections))
+    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}  # another cluster takes long
+    with (tmp_path / "log").open("w") as log:
+        command = [sys.executable, "-m", "jobs.build_dialogues", str(file)]
+        program = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        try:
+            deadline = time.monotonic() + 200
+            while not any(out.glob(".train.part-*/*.parquet")):
+                assert program.poll() is None, (tmp_path / "log").read_text()
+                assert time.monotonic() < deadline, "nothing is written"
+                time.sleep(0.01)
+        finally:
+            program.kill()
+            program.wait()
+    assert not (out / "train").exists()
+    build(config)
+    build(settings(tmp_path / "rows.jsonl", tmp_path / "undisturbed", validation_fraction=0.3))
+    for split in SPLITS:
+        built, undisturbed = (read_dialogues(folder / split) for folder in (out, tmp_path / "undisturbed"))
+        assert built == undisturbed
+        assert len({dialogue.dialogue_id for dialogue in built}) == len(built) > 0
+    assert {path.name for path in out.iterdir()} == {path.name for path in (tmp_path / "undisturbed").iterdir()}
+    one, two = (json.loads((folder / "coverage.json").read_text()) for folder in (out, tmp_path / "undisturbed"))
+    assert one["dialogues"] == two["dialogues"]
+    assert one["videos"] == two["videos"] == {"annotated": len(rows), "used": len(rows), "left_out": {}}
+
+
 def test_what_a_killed_run_left_behind_is_cleared_and_no_two_write_at_once(tmp_path: Path) -> None:
     for name in (".train.part-x", ".quarantine-y"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "part-00000.parquet").touch()
+    (tmp_path / ".coverage.json.part-1").touch()
     (tmp_path / "train").mkdir()
     with alone(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == ["train"]

@@ -14,6 +14,7 @@ from actors.dialogue import Stream, Template
 from actors.objective import Objective
 from jobs.dataset import DatasetError, TrainingSet, clip
 from jobs.dialogues import Dialogue
+from jobs.encoding_summary import Summary
 from jobs.frame_store import FrameStore
 from jobs.plan import Pick
 
@@ -147,6 +148,62 @@ def test_no_data_says_which_side_is_missing(
 ) -> None:
     with pytest.raises(DatasetError, match=message):
         TrainingSet(dialogues, store, template)
+
+
+def fail(store: FrameStore, *videos: str) -> None:
+    """Leave in the store what jobs.encode_frames says of videos that it cannot encode."""
+    Summary(failed={video: f"{video}.mp4: not a readable video" for video in videos}).save(store.path)
+
+
+def test_videos_that_could_not_be_encoded_are_told_from_those_nobody_encoded(
+    store: FrameStore, template: Template, caplog: pytest.LogCaptureFixture
+) -> None:
+    fail(store, "broken", "ab")  # the second has been encoded since
+    data = TrainingSet([narrated(video) for video in ("broken", "absent", "ab")], store, template)
+    assert data.video_ids() == ["ab"]
+    assert data.left_out == [
+        "1 dialogue of 1 video, not in the frame-token store: absent",
+        "1 dialogue of 1 video, jobs.encode_frames failed on them: broken",
+    ]
+    assert all(line in caplog.text for line in data.left_out)
+
+
+def test_many_videos_left_out_are_counted_and_the_first_named(store: FrameStore, template: Template) -> None:
+    videos = [f"broken{number:02}" for number in range(30)]
+    fail(store, *videos)
+    data = TrainingSet([narrated(video) for video in ("ab", *videos, videos[0])], store, template)
+    [line] = data.left_out
+    assert line.startswith("31 dialogues of 30 videos, jobs.encode_frames failed on them: broken00, ")
+    assert line.endswith("broken19 and 10 more")
+
+
+def test_no_dialogue_left_says_what_was_wrong_with_the_videos(store: FrameStore, template: Template) -> None:
+    fail(store, "broken")
+    with pytest.raises(
+        DatasetError, match=r"no dialogue is left: 1 dialogue of 1 video, .* failed .*: broken \(broken.mp4: not a"
+    ):
+        TrainingSet([narrated("broken")], store, template)
+
+
+def test_a_store_whose_last_run_left_no_report_knows_of_no_failure(store: FrameStore, template: Template) -> None:
+    (store.path / "encoding.json").write_text("{")
+    with pytest.raises(DatasetError, match="none of the 1 videos in them is in"):
+        TrainingSet([narrated("broken")], store, template)
+
+
+def test_of_a_video_that_is_damaged_at_its_end_only_that_is_left_out(store: FrameStore, template: Template) -> None:
+    with store.locked(), store.writer("cut") as writer:
+        writer.append([frame / 2 for frame in range(12)], store.frames("ab"))
+        writer.commit(damage="cut.mp4: damaged, 12 of its 40 frames can be decoded")
+    whole, rest = narrated("cut"), narrated("cut", num_frames=40)
+    rest = rest.model_copy(update={"dialogue_id": "cut-narration-1", "frames": (20, 20 + rest.num_frames)})
+    data = TrainingSet([whole, rest], store, template)
+    assert data.dialogues == [whole]
+    assert data.left_out == ["1 dialogue of 1 video, they show frames that are damaged: cut"]
+    with pytest.raises(
+        DatasetError, match=r"no dialogue is left: .* damaged: cut \(cut.mp4: damaged, 12 of its 40 frames"
+    ):
+        TrainingSet([rest], store, template)
 
 
 def test_another_rate_than_the_store_is_refused_with_both(tmp_path: Path, template: Template) -> None:

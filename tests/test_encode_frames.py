@@ -111,6 +111,18 @@ def test_whatever_a_decoder_raises_is_that_videos_reason(tmp_path: Path, monkeyp
     assert str(chunks[-1]["error"][0]) == f"{path}: ValueError: no such pixels"
 
 
+def test_a_video_whose_end_cannot_be_decoded_says_so_and_a_whole_one_does_not(samples: Path, tmp_path: Path) -> None:
+    whole = (samples / "hands_and_objects.mp4").read_bytes()
+    path = tmp_path / "damaged.mp4"
+    path.write_bytes(whole[: len(whole) * 7 // 10] + bytes(len(whole) - len(whole) * 7 // 10))
+    *before, last = chunks_of(path, size=32)
+    count = sum(int(chunk["count"][0]) for chunk in (*before, last))
+    assert str(last["damage"][0]) == f"{path}: damaged, {count} of its 106 frames can be decoded"
+    assert not str(last["error"][0])
+    assert {str(chunk["damage"][0]) for chunk in before} == {""}
+    assert str(chunks_of(write_clip(tmp_path / "clip.mp4", frames=16))[-1]["damage"][0]) == ""
+
+
 def test_a_video_of_which_frames_never_came_has_failed(
     settings_of, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,6 +141,26 @@ def test_a_video_of_which_frames_never_came_has_failed(
         encode(settings_of())
     assert FrameStore.open(tmp_path / "store").video_ids() == ["whole"]
     assert sorted(path.name for path in (tmp_path / "store" / "videos").iterdir()) == ["whole.parquet"]
+
+
+def test_what_of_a_damaged_video_is_there_is_stored_with_the_reason(
+    settings_of, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_clip(tmp_path / "videos" / "cut.mp4", frames=20)
+
+    def damaged(videos: dict[str, str], model: ModelConfig, settings: EncoderConfig, *_: object) -> Iterator[Row]:
+        encoder = ChunkEncoder(model, settings)
+        for chunk in chunks_of(Path(videos["cut"]), name="cut"):
+            row = {column: values[0] for column, values in encoder(chunk).items()}
+            yield row | ({"damage": "its end is damaged"} if row["last"] else {})
+
+    monkeypatch.setattr(encode_frames, "connect", lambda: None)
+    monkeypatch.setattr(encode_frames, "encoded_chunks", damaged)
+    assert encode(settings_of()).damaged == {"cut": "its end is damaged"}
+    store = FrameStore.open(tmp_path / "store")
+    assert store.damage("cut") == "its end is damaged"
+    assert store.source("cut").endswith("cut.mp4")
+    assert json.loads((store.path / "encoding.json").read_text())["damaged"] == {"cut": "its end is damaged"}
 
 
 def test_chunks_in_any_order_are_stored_in_their_own(tmp_path: Path, tiny_configs: dict[str, ModelConfig]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from actors.config import Config, ConfigError, load_config
 from actors.engine import EngineConfig
 from actors.messages import SessionSettings
 from actors.published import CONFIG_FILE
+from jobs.annotations import AnnotationsConfig, find_annotations, read_annotations
 from jobs.dialogues import DataConfig
 from jobs.encode_frames import EncodingError
 from jobs.finetune import check_videos, finetune
@@ -42,6 +44,31 @@ def test_videos_without_a_text_are_named_and_left_out(tmp_path: Path, caplog: py
     check_videos(tmp_path)
     assert "1 of 2 videos have no text and are left out" in caplog.text
     assert str(tmp_path / "b.srt") in caplog.text
+
+
+def test_the_videos_of_any_name_are_found_from_their_texts(tmp_path: Path) -> None:
+    names = ("a.MP4", "b.Mkv", "çay 日本 #1 100%.mp4", "x.y.mov", "it's.webm")
+    for name in names:
+        (tmp_path / name).touch()
+        (tmp_path / name).with_suffix(".SRT").touch()
+    found = [row.video for file in find_annotations([str(tmp_path)]) for row in read_annotations(file)]
+    assert sorted(found) == sorted(str(tmp_path / name) for name in names)
+
+
+@pytest.mark.parametrize("name", ["Mein Kino, ünï [x]", "it's", "a; b & c"])
+def test_make_passes_a_folder_of_any_name(name: str) -> None:
+    command = [
+        "make",
+        "--no-print-directory",
+        "-o",
+        ".venv/.installed",
+        "finetune",
+        f"VIDEOS={name}",
+        "RUN=printf '%s\\n'",
+    ]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    config = load_config("configs/finetune.yaml", shown[-1:])
+    assert config.section("annotations", AnnotationsConfig).paths == (name,)
 
 
 def test_it_ends_with_commands_that_serve_and_try_the_result(

@@ -70,6 +70,18 @@ def test_a_video_becomes_a_transcript_and_subtitles(
     assert "14.0s  user: What was that?" in shown
     assert f"1 of 1 videos, {len(said)} utterances; " in shown
     assert " x real time" in shown
+    assert shown.endswith(f"{out / name}.jsonl .srt .vtt\n")
+
+
+def test_of_a_single_video_that_failed_no_file_is_named(
+    narrate: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"no video")
+    assert narrate(tmp_path / "a.mp4") == 1
+    written = capsys.readouterr()
+    assert "failed: " in written.err
+    assert ".jsonl" not in written.out
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_bad_video_is_named_and_the_others_go_on(

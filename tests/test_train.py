@@ -23,6 +23,7 @@ from jobs.build_dialogues import build
 from jobs.dataset import DatasetError
 from jobs.dialogue_files import DialogueFileError, to_line
 from jobs.encode_frames import encode
+from jobs.encoding_summary import Summary
 from jobs.frame_store import FrameStore, StoreError
 from jobs.learner import Learner, TrainingError
 from jobs.run_folder import RunFolder
@@ -298,6 +299,18 @@ def test_dialogues_beyond_the_limit_are_clipped_and_counted(prepared, capsys: py
     assert "clipped to 120 positions: 4 dialogues" in told
     assert "plan: 8 steps of 4 dialogues (8.00 epochs) on 1 workers" in told
     assert not run_folder(prepared()).exists("settings.json")
+
+
+def test_the_plan_tells_which_videos_are_left_out(prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = prepared(dry_run=True)
+    with (tmp_path / "dialogues" / "train.jsonl").open("a") as lines:
+        lines.writelines(to_line(narrated(video)) for video in ("broken", "absent"))
+    Summary(failed={"broken": "not a readable video"}).save(tmp_path / "tokens")
+    assert train(config) is None
+    told = capsys.readouterr().out
+    assert f"data: {len(VIDEOS)} dialogues of {len(VIDEOS)} videos" in told
+    assert "left out: 1 dialogue of 1 video, not in the frame-token store: absent" in told
+    assert "left out: 1 dialogue of 1 video, jobs.encode_frames failed on them: broken" in told
 
 
 def test_frame_tokens_of_another_encoder_are_refused_before_a_worker_starts(prepared, tmp_path: Path) -> None:
