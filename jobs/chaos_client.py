@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import math
 import random
 import struct
 import time
@@ -84,6 +85,14 @@ class Books:
         later = itertools.takewhile(lambda item: item[1] >= since, reversed(self.due.items()))
         index = min((index for index, _ in later if index in self.decided), default=None)
         return None if index is None else self.decided[index] - since
+
+    def latencies(self, since: float, until: float) -> list[float]:
+        """Seconds from the moment at which a frame was due to its decision, of those due between two moments.
+
+        Infinite for a frame that was never decided.
+        """
+        due = [(index, at) for index, at in self.due.items() if since <= at < until]
+        return [self.decided.get(index, math.inf) - at for index, at in due]
 
 
 class Final(Exception):
