@@ -93,7 +93,8 @@ class SoakReport:
         }
         document = asdict(self) | {"verdicts": verdicts, "flat": self.flat}
         path.with_name(path.name + ".json").write_text(json.dumps(document, indent=1) + "\n")
-        self._plot(path.with_name(path.name + ".png"))
+        if self.samples:
+            self._plot(path.with_name(path.name + ".png"))
 
     def _plot(self, path: Path) -> None:
         from matplotlib.figure import Figure
@@ -135,8 +136,8 @@ async def soak(app: Application, sessions: int, seed: int, seconds: float, repor
                 report.samples.append(await _sample(app, time.monotonic() - began))
         await asyncio.gather(*tasks)
     finally:
+        report.hours = (time.monotonic() - began) / 3600
         await end_all(tasks)
-    report.hours = (time.monotonic() - began) / 3600
 
 
 async def _visit(app: Application, chosen: random.Random, end: float, report: SoakReport) -> None:
@@ -197,7 +198,7 @@ async def _sample(app: Application, seconds: float) -> dict[str, float]:
         "processes": float(len(pids)),
         "KV positions": sum(float(line.split()[-1]) for line in metrics.splitlines() if line.startswith(KV)),
         "Redis keys": float(str(keys)),
-        "Redis MB": round(float(str(info["used_memory"])) / 1e6, 2),
+        "Redis KB": round(float(str(info["used_memory"])) / 1e3, 1),
     }
 
 
@@ -229,7 +230,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 asyncio.run(soak(app, options.sessions, options.seed, options.hours * 3600, report))
     except (ChaosError, RedisServerError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        if not report.samples:
+            return 1
+        report.wrong.append(f"ended early: {error}")  # what was found in the hours before is told all the same
     print(report.table())
     if options.save:
         report.save(options.save)
