@@ -203,7 +203,7 @@ class ChaosReport:
         for fault in self.faults:
             memory.axvspan(fault.began - self.started, fault.healed - self.started + 0.2, alpha=0.2, color="red")
             memory.text(fault.began - self.started, 0, f" {fault.name}", rotation=90, fontsize=7, va="bottom")
-        memory.set_ylim(0)
+        memory.set_ylim(0, 1.1 * max((mb for _, mb in self.memory), default=1.0))
         memory.set_xlabel("seconds (red: a fault)")
         memory.set_ylabel("memory of all processes, MB")
         title = ", ".join(str(self.machine[key]) for key in ("date", "cpu", "sessions", "seed"))

@@ -54,16 +54,20 @@ def test_a_report_has_its_verdicts_and_its_picture(tmp_path: Path) -> None:
     assert saved["flat"]
     assert (tmp_path / "soak.png").stat().st_size > 5_000
     assert "flat" in found.table()
-    nothing = SoakReport({}, [], 0.0)
+    assert found.flat
+    found.hours = 0.05
+    assert (found.verdicts, found.flat) == ({}, None)
+    assert "no verdict" in found.table()
+    nothing = SoakReport({}, [], 1.0)
     nothing.save(tmp_path / "nothing")
-    assert not json.loads((tmp_path / "nothing.json").read_text())["flat"]
+    assert json.loads((tmp_path / "nothing.json").read_text())["flat"] is False
 
 
 def test_what_was_found_until_a_run_broke_off_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async def breaks(app: Application, sessions: int, seed: int, seconds: float, found: SoakReport) -> None:
-        found.samples = report(keys=[32.0] * ROWS).samples
+        found.samples, found.hours = report(keys=[32.0] * ROWS).samples, 1.0
         raise ChaosError("no llms report")
 
     monkeypatch.setattr(Application, "__enter__", lambda app: app)
