@@ -25,6 +25,7 @@ from websockets.exceptions import WebSocketException
 from actors.tasks import end_all
 
 FPS = 2.0
+IN_FLIGHT = 16  # frames that are sent and not decided: a gateway drops what exceeds its bound, after a long absence
 LONGEST_PAUSE_S = 1.0
 QUIET_S = 90.0
 NORMAL_END = "end of input"
@@ -62,6 +63,11 @@ class Books:
     def lost(self) -> int:
         """Frames that the server answered for and neither decided, skipped with a reason, nor counted as dropped."""
         return max(0, len(self.undecided) - self.dropped)
+
+    @property
+    def settled(self) -> int:
+        """How many frames the server has decided, skipped or dropped."""
+        return len(self.decided) + len(self.skipped - self.decided.keys()) + self.dropped
 
     @property
     def undecided(self) -> list[int]:
@@ -118,6 +124,7 @@ class ChaosClient:
         self._ended = False
         self._ending_at: int | None = None
         self._lost_at: float | None = None
+        self._heard = asyncio.Event()
 
     async def run(self, audit: bool = True) -> Books:
         """Stream until `stop`, then to the end of the session; then compare with its log."""
@@ -181,6 +188,7 @@ class ChaosClient:
         try:
             while not self._ended:
                 self._take(await self._receive(socket), after, seen)
+                self._heard.set()
         finally:
             await end_all([sending])
 
@@ -202,6 +210,9 @@ class ChaosClient:
             due = start + index / FPS
             self.books.due.setdefault(index, due)
             await asyncio.sleep(max(0.0, due - time.monotonic()))
+            while index - self.books.settled >= IN_FLIGHT:
+                self._heard.clear()
+                await self._heard.wait()
             if index % self._ask_every == self._ask_every - 1 and f"q{index}" not in self.books.asked:
                 self.books.asked.add(f"q{index}")
                 await self._ask(socket, f"q{index}")

@@ -317,6 +317,7 @@ def test_the_books_tell_what_is_missing_twice_out_of_order_or_lost() -> None:
     told.skipped, told.dropped = {1}, 1
     assert told.lost == 0
     assert told.undecided == [2]
+    assert told.settled == 4
     told.due = {0: 1.0, 1: 2.0, 2: 3.0, 3: 4.0, 4: 5.0}
     assert told.recovery(1.5) == told.decided[3] - 1.5
     assert told.recovery(4.5) is None
