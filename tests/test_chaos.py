@@ -323,6 +323,33 @@ def test_the_books_tell_what_is_missing_twice_out_of_order_or_lost() -> None:
     assert told.recovery(4.5) is None
 
 
+@pytest.mark.slow
+def test_a_client_that_was_away_for_long_sends_no_more_than_a_gateway_keeps(
+    tiny: dict[str, object], redis_url: str
+) -> None:
+    class Late(random.Random):
+        """The stream began a minute ago."""
+
+        def uniform(self, a: float, b: float) -> float:
+            return -60.0 if b == 1 / FPS else super().uniform(a, b)
+
+    async def scenario(app: Application) -> Books:
+        stop = asyncio.Event()
+        client = ChaosClient(app.url, picture(), 1, False, stop)
+        client._random = Late(1)
+        task = asyncio.create_task(client.run())
+        await going_on([client], [task])
+        stop.set()
+        async with asyncio.timeout(DEADLINE_S):
+            return await task
+
+    with running(tiny, redis_url) as app:
+        books = asyncio.run(scenario(app))
+    assert books.sound, books
+    assert books.dropped == 0
+    assert len(books.decided) > 120
+
+
 def test_a_report_tells_for_how_long_clients_were_away_after_each_fault() -> None:
     books = Books(outcome="ended", away=[(9.0, 9.5), (11.0, 12.5), (31.0, 31.25)], due={0: 10.5}, decided={0: 14.0})
     report = ChaosReport({}, [], faults=[Injected("gateway killed", "", 10.0, 10.0, whole=30.0)])
