@@ -27,7 +27,7 @@ from actors.tasks import end_all
 from actors.video import encode_jpeg
 from jobs.chaos_application import Application, ChaosError, end_in_order_on_signal, tiny_settings
 from jobs.chaos_client import Books, ChaosClient
-from jobs.chaos_faults import FAULTS, lose_data
+from jobs.chaos_faults import FAULTS, OVERLOAD_S, lose_data
 from jobs.chaos_report import ChaosReport, Injected, books_of, machine
 from jobs.process_usage import UsageSampler
 
@@ -56,8 +56,11 @@ async def run(
                 if time.monotonic() > report.started + 60 * minutes:
                     report.left_out.append(name)
                     continue
-                await asyncio.sleep(CALM_S * chosen.uniform(0.5, 1.5))
+                calm = time.monotonic()
+                longer_s = OVERLOAD_S if name == "overload" else 0.0  # enough frames to compare with
+                await asyncio.sleep(longer_s + CALM_S * chosen.uniform(0.5, 1.5))
                 report.faults.append(await _inject(name, app, chosen, image, clients, tasks))
+                report.faults[-1].calm = calm
             stop.set()
             await asyncio.wait(tasks, timeout=END_S)
         finally:
@@ -78,7 +81,11 @@ async def _inject(
     tasks: Sequence[asyncio.Task[Books]],
 ) -> Injected:
     began = time.monotonic()
-    what = await FAULTS[name](app, chosen, image)
+    try:
+        what = await FAULTS[name](app, chosen, image)
+    except ChaosError as error:
+        log.error("fault=%s %s", name, error)
+        return Injected(name, f"FAILED: {error}", began, time.monotonic(), math.inf)
     injected = Injected(name, what, began, began if name.endswith("killed") else time.monotonic())
     log.info("fault=%s %s lasted_s=%.1f", name, what, injected.healed - began)
     await _going_on(clients, tasks, injected.healed)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import math
 import random
 import struct
 import time
@@ -24,6 +25,7 @@ from websockets.exceptions import WebSocketException
 from actors.tasks import end_all
 
 FPS = 2.0
+IN_FLIGHT = 16  # frames that are sent and not decided: a gateway drops what exceeds its bound, after a long absence
 LONGEST_PAUSE_S = 1.0
 QUIET_S = 90.0
 NORMAL_END = "end of input"
@@ -63,6 +65,11 @@ class Books:
         return max(0, len(self.undecided) - self.dropped)
 
     @property
+    def settled(self) -> int:
+        """How many frames the server has decided, skipped or dropped."""
+        return len(self.decided) + len(self.skipped - self.decided.keys()) + self.dropped
+
+    @property
     def undecided(self) -> list[int]:
         """Frames that the server answered for and neither decided nor skipped."""
         return [index for index in range(self.acknowledged) if index not in self.decided and index not in self.skipped]
@@ -84,6 +91,14 @@ class Books:
         later = itertools.takewhile(lambda item: item[1] >= since, reversed(self.due.items()))
         index = min((index for index, _ in later if index in self.decided), default=None)
         return None if index is None else self.decided[index] - since
+
+    def latencies(self, since: float, until: float) -> list[float]:
+        """Seconds from the moment at which a frame was due to its decision, of those due between two moments.
+
+        Infinite for a frame that was never decided.
+        """
+        due = [(index, at) for index, at in self.due.items() if since <= at < until]
+        return [self.decided.get(index, math.inf) - at for index, at in due]
 
 
 class Final(Exception):
@@ -109,6 +124,7 @@ class ChaosClient:
         self._ended = False
         self._ending_at: int | None = None
         self._lost_at: float | None = None
+        self._heard = asyncio.Event()
 
     async def run(self, audit: bool = True) -> Books:
         """Stream until `stop`, then to the end of the session; then compare with its log."""
@@ -172,6 +188,7 @@ class ChaosClient:
         try:
             while not self._ended:
                 self._take(await self._receive(socket), after, seen)
+                self._heard.set()
         finally:
             await end_all([sending])
 
@@ -193,6 +210,9 @@ class ChaosClient:
             due = start + index / FPS
             self.books.due.setdefault(index, due)
             await asyncio.sleep(max(0.0, due - time.monotonic()))
+            while index - self.books.settled >= IN_FLIGHT:
+                self._heard.clear()
+                await self._heard.wait()
             if index % self._ask_every == self._ask_every - 1 and f"q{index}" not in self.books.asked:
                 self.books.asked.add(f"q{index}")
                 await self._ask(socket, f"q{index}")

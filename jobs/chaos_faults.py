@@ -25,7 +25,7 @@ from websockets.exceptions import WebSocketException
 
 from actors.redis_address import parse
 from actors.redis_client import SingleClient
-from jobs.chaos_application import DURABLE, Application, ChaosError, ReplicaStats
+from jobs.chaos_application import DURABLE, Application, ChaosError, ReplicaStats, is_alive
 
 PAUSE_S = 10.0
 SLOW_OWNER_S = 5.0
@@ -178,6 +178,7 @@ async def _victim(app: Application, role: str, chosen: random.Random) -> Replica
     for _ in range(30):
         with suppress(httpx.HTTPError):
             found = (await asyncio.to_thread(app.stats))[role]
+        found = [replica for replica in found if is_alive(replica["pid"])]  # a dead one's report lasts a while
         if found:
             busy = [replica for replica in found if replica.get("sessions")]
             return chosen.choice(sorted(busy or found, key=lambda replica: replica["pid"]))
@@ -199,7 +200,8 @@ async def _flood(app: Application, picture: bytes, reads: bool) -> int:
     """Frames at ten times their rate, the newest wins; how many the server says it dropped."""
     dropped = 0
     try:
-        async with websockets.connect(_realtime(app), max_size=None, max_queue=None if reads else 1) as socket:
+        queued = None if reads else 1
+        async with websockets.connect(_realtime(app), max_size=None, max_queue=queued, close_timeout=1) as socket:
             wishes = {"include": ["frame_decided"], "max_output_tokens": 4, "video": {"drop_policy": "latest"}}
             await socket.send(json.dumps({"type": "session.update", "session": wishes}))
             for index in range(int(OVERLOAD_S * FLOOD_FPS)):

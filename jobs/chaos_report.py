@@ -17,12 +17,38 @@ from jobs.machine import cpu_name
 RECOVERY_P50_S, RECOVERY_P99_S = 4.0, 15.0
 
 
+@dataclass(frozen=True)
+class Latency:
+    """How long decisions took from the moments at which their frames were due; None without frames.
+
+    Counts frames that were never decided as slower than all others: infinite, and None in a quantile that falls there.
+    """
+
+    frames: int = 0
+    undecided: int = 0
+    p50_s: float | None = None
+    p95_s: float | None = None
+
+    @classmethod
+    def of(cls, found: Sequence[float]) -> Latency:
+        """Of single latencies in seconds."""
+        quantiles = [share(found, wanted) for wanted in (0.5, 0.95)]
+        p50_s, p95_s = (round(value, 3) if math.isfinite(value) else None for value in quantiles)
+        return cls(len(found), sum(map(math.isinf, found)), p50_s, p95_s)
+
+    def __str__(self) -> str:
+        p50, p95 = ("-" if value is None else f"{value:.2f}s" for value in (self.p50_s, self.p95_s))
+        return f"{p50:>8} {p95:>8} {self.frames:>7} {self.undecided:>10}"
+
+
 @dataclass
 class Injected:
     """A fault: when it began, when its cause was gone, when all replicas were there again (monotonic seconds).
 
-    `recoveries` are seconds from `healed` until each session decided the first frame that was due after it, `away`
-    those from the loss of each connection that was lost meanwhile until its session was there again at another.
+    Nothing was wrong from `calm` until it began. `before` and `during` (until `healed`) tell what decisions took for
+    the run's own sessions, those that were admitted before. `recoveries` are seconds from `healed` until each session
+    decided the first frame that was due after it, `away` those from the loss of each connection that was lost
+    meanwhile until its session was there again at another.
     """
 
     name: str
@@ -33,6 +59,9 @@ class Injected:
     recoveries: list[float] = field(default_factory=list)
     stuck: int = 0
     away: list[float] = field(default_factory=list)
+    calm: float = math.inf
+    before: Latency = field(default_factory=Latency)
+    during: Latency = field(default_factory=Latency)
 
 
 @dataclass
@@ -62,6 +91,10 @@ class ChaosReport:
                 for lost, back in each.away
                 if fault.began <= lost <= fault.whole
             ]
+            fault.before, fault.during = (
+                Latency.of([seconds for each in books for seconds in each.latencies(since, until)])
+                for since, until in ((fault.calm, fault.began), (fault.began, fault.healed))
+            )
         self.totals = {
             "sessions": len(books),
             "survived": sum(each.sound for each in books),
@@ -107,6 +140,7 @@ class ChaosReport:
             times = f"{lasted_s:>7.1f}s {p50:>6.1f}s {p99:>6.1f}s {fault.stuck:>6} {whole_s:>6.1f}s"
             times += f" {share(fault.away, 0.5):>8.1f}s {share(fault.away, 0.99):>6.1f}s"
             lines.append(f"{fault.name:<20} {times}  {fault.what}")
+        lines += self._latencies()
         lines += ["", *(f"{name.replace('_', ' '):<30} {value:>8}" for name, value in self.totals.items())]
         lines += [
             f"{'faults injected':<30} {len(self.faults):>8}",
@@ -122,14 +156,25 @@ class ChaosReport:
         ]
         return "\n".join(lines)
 
+    def _latencies(self) -> list[str]:
+        """What decisions took before faults that last, and during them."""
+        lasting = [fault for fault in self.faults if fault.during.frames]
+        if not lasting:
+            return []
+        head = f"{'p50':>8} {'p95':>8} {'frames':>7} {'undecided':>10}"
+        lines = ["", f"{'decision latency':<20} {'':<6} {head}  from the moment a frame was due"]
+        for fault in lasting:
+            lines.append(f"{fault.name:<20} before {fault.before}")
+            lines.append(f"{'':<20} during {fault.during}")
+        return lines
+
     def save(self, path: Path) -> None:
         """Write `path`.json and `path`.png."""
         path.parent.mkdir(parents=True, exist_ok=True)
         document = asdict(self) | {
             "faults": [
                 asdict(fault)
-                | {name: round(getattr(fault, name) - self.started, 2) for name in ("began", "healed")}
-                | {"whole": round(fault.whole - self.started, 2) if math.isfinite(fault.whole) else None}
+                | {name: self._seconds(getattr(fault, name)) for name in ("calm", "began", "healed", "whole")}
                 for fault in self.faults
             ],
             "recovery_s": {"p50": share(self.recoveries, 0.5), "p99": share(self.recoveries, 0.99)},
@@ -138,6 +183,10 @@ class ChaosReport:
         del document["started"]
         path.with_name(path.name + ".json").write_text(json.dumps(document, indent=1) + "\n")
         self._plot(path.with_name(path.name + ".png"))
+
+    def _seconds(self, moment: float) -> float | None:
+        """Since the start; None for what never came."""
+        return round(moment - self.started, 2) if math.isfinite(moment) else None
 
     def _plot(self, path: Path) -> None:
         from matplotlib.figure import Figure
@@ -154,7 +203,7 @@ class ChaosReport:
         for fault in self.faults:
             memory.axvspan(fault.began - self.started, fault.healed - self.started + 0.2, alpha=0.2, color="red")
             memory.text(fault.began - self.started, 0, f" {fault.name}", rotation=90, fontsize=7, va="bottom")
-        memory.set_ylim(0)
+        memory.set_ylim(0, 1.1 * max((mb for _, mb in self.memory), default=1.0))
         memory.set_xlabel("seconds (red: a fault)")
         memory.set_ylabel("memory of all processes, MB")
         title = ", ".join(str(self.machine[key]) for key in ("date", "cpu", "sessions", "seed"))

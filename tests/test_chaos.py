@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import random
 import shutil
@@ -17,6 +18,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import pytest
 import websockets
@@ -28,11 +30,12 @@ from actors.bus import Bus, BusConfig, BusError
 from actors.messages import FrameSkipped, LogEntry, SessionSettings
 from actors.redis_server import RedisServer
 from jobs import chaos_faults
-from jobs.chaos import main
-from jobs.chaos_application import DURABLE, WITH_PROGRAM
+from jobs.chaos import _inject, main
+from jobs.chaos_application import DURABLE, WITH_PROGRAM, ChaosError
+from jobs.chaos_application import Application as ChaosApplication
 from jobs.chaos_client import FPS, Books, ChaosClient
 from jobs.chaos_faults import FAULTS, lose_data
-from jobs.chaos_report import ChaosReport, Injected, share
+from jobs.chaos_report import ChaosReport, Injected, Latency, share
 from serve.client_events import pack_binary
 
 DEADLINE_S = 90.0
@@ -314,9 +317,37 @@ def test_the_books_tell_what_is_missing_twice_out_of_order_or_lost() -> None:
     told.skipped, told.dropped = {1}, 1
     assert told.lost == 0
     assert told.undecided == [2]
+    assert told.settled == 4
     told.due = {0: 1.0, 1: 2.0, 2: 3.0, 3: 4.0, 4: 5.0}
     assert told.recovery(1.5) == told.decided[3] - 1.5
     assert told.recovery(4.5) is None
+
+
+@pytest.mark.slow
+def test_a_client_that_was_away_for_long_sends_no_more_than_a_gateway_keeps(
+    tiny: dict[str, object], redis_url: str
+) -> None:
+    class Late(random.Random):
+        """The stream began a minute ago."""
+
+        def uniform(self, a: float, b: float) -> float:
+            return -60.0 if b == 1 / FPS else super().uniform(a, b)
+
+    async def scenario(app: Application) -> Books:
+        stop = asyncio.Event()
+        client = ChaosClient(app.url, picture(), 1, False, stop)
+        client._random = Late(1)
+        task = asyncio.create_task(client.run())
+        await going_on([client], [task])
+        stop.set()
+        async with asyncio.timeout(DEADLINE_S):
+            return await task
+
+    with running(tiny, redis_url) as app:
+        books = asyncio.run(scenario(app))
+    assert books.sound, books
+    assert books.dropped == 0
+    assert len(books.decided) > 120
 
 
 def test_a_report_tells_for_how_long_clients_were_away_after_each_fault() -> None:
@@ -326,6 +357,47 @@ def test_a_report_tells_for_how_long_clients_were_away_after_each_fault() -> Non
     [fault] = report.faults
     assert (fault.away, fault.recoveries, fault.stuck) == ([1.5], [4.0], 1)
     assert "1.5s" in report.table()
+
+
+def test_a_report_compares_what_decisions_took_before_a_fault_and_during_it(tmp_path: Path) -> None:
+    due = {index: index / FPS for index in range(40)}
+    slow = {index: at + (0.1 if at < 10 else 0.25) for index, at in due.items()}
+    fast = {index: at + 0.05 for index, at in due.items() if index != 39}
+    books = [Books(outcome="ended", due=due, decided=decided) for decided in (slow, fast)]
+    report = ChaosReport({"date": "", "cpu": "", "sessions": 2, "seed": 0}, [])
+    report.faults = [
+        Injected("overload", "", 10.0, 20.0, whole=21.0, calm=5.0),
+        Injected("llm killed", "", 25.0, 25.0, whole=26.0, calm=22.0),
+    ]
+    report.add(books)
+    overload, killed = report.faults
+    assert overload.before == Latency(frames=20, undecided=0, p50_s=0.05, p95_s=0.1)
+    assert overload.during == Latency(frames=40, undecided=1, p50_s=0.25, p95_s=0.25)
+    assert killed.during == Latency() == Latency.of([])
+    assert Latency.of([0.1, math.inf]) == Latency(frames=2, undecided=1, p50_s=0.1, p95_s=None)
+    table = report.table().splitlines()
+    [at] = [number for number, line in enumerate(table) if line.startswith("overload") and "before" in line]
+    assert table[at].split() == ["overload", "before", "0.05s", "0.10s", "20", "0"]
+    assert table[at + 1].split() == ["during", "0.25s", "0.25s", "40", "1"]
+    report.save(tmp_path / "report")
+    [saved, _] = json.loads((tmp_path / "report.json").read_text())["faults"]
+    assert saved["during"] == {"frames": 40, "undecided": 1, "p50_s": 0.25, "p95_s": 0.25}
+    assert (saved["calm"], saved["began"], saved["whole"]) == (5.0, 10.0, 21.0)
+
+
+def test_a_fault_that_cannot_be_injected_breaks_the_promises_and_the_run_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def impossible(*what: object) -> str:
+        raise ChaosError("not redeployed")
+
+    monkeypatch.setitem(FAULTS, "redeployed", impossible)
+    app = cast("ChaosApplication", None)
+    injected = asyncio.run(_inject("redeployed", app, random.Random(0), b"", [], []))
+    assert injected.what == "FAILED: not redeployed"
+    report = ChaosReport({}, [], faults=[injected], works_after_loss=True)
+    report.add([])
+    assert not report.kept
 
 
 def test_an_application_ends_with_the_program_that_started_it() -> None:

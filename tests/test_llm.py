@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +15,9 @@ import torch
 
 from actors import checkpoint
 from actors.backends import build_engine
-from actors.bus import Bus, BusConfig
+from actors.bus import Bus, BusConfig, BusError
 from actors.engine import EngineConfig
-from actors.held import Held
+from actors.held import Held, read_window
 from actors.llm import LLMWorker
 from actors.messages import (
     End,
@@ -432,6 +432,78 @@ def test_a_takeover_after_evictions_and_trimming_goes_on_as_if_nothing_had_happe
     assert any(isinstance(entry, Evicted) for entry in disturbed)
     assert decided(disturbed) == list(range(120))
     same(disturbed, alone)
+
+
+@pytest.mark.parametrize("trims", [0, 2])
+def test_a_replica_that_dies_between_an_eviction_and_its_trim_leaves_the_trim_to_the_next(
+    live: Live, monkeypatch: pytest.MonkeyPatch, trims: int
+) -> None:
+    """The log says Evicted already, the window in meta is that of an earlier eviction, or none."""
+    narrow = {"max_positions": 512, "memory_tokens": 16}
+    count = 150
+
+    async def scenario(session_id: str, dies: bool) -> tuple[list[LogEntry], list[int]]:
+        bus = await live.connect()
+        await bus.open_session(session_id, live.loaded.fingerprint, SETTINGS)
+        await bus.send(session_id, Query(query_id="q", text="Please narrate.", after_seq=-1, time=1.0))
+        windows: list[int] = []
+        encoding = asyncio.create_task(encode(bus, session_id))
+        if dies:
+            async with live.worker("dies", **narrow) as worker:
+                dead = _cut_at_trim(worker, monkeypatch, trims)
+                await asyncio.wait_for(dead.wait(), 30)
+            meta = await bus.session_meta(session_id)
+            assert meta is not None
+            windows += [window.first_seq if (window := read_window(meta)) else 0]
+            windows += evictions([entry for _, entry in await bus.read_log(session_id)])
+        async with live.worker("heir", **narrow):
+            await encoding
+            await bus.send(session_id, End(after_seq=count - 1))
+            log = await whole_log(bus, session_id)
+        meta = await bus.session_meta(session_id)
+        assert meta is not None
+        window = read_window(meta)
+        assert window is not None
+        left = [body.seq for _, body in await bus.read_all_inputs(session_id, "0-0") if isinstance(body, FrameTokens)]
+        assert window.first_seq == min(left) == evictions(log)[-1]
+        await bus.close()
+        return log, windows
+
+    async def encode(bus: Bus, session_id: str) -> None:
+        for start in range(0, count, 30):
+            await live.encode(bus, session_id, 30, start=start)
+
+    cut, (before, *logged) = asyncio.run(scenario("cut", dies=True))
+    assert len(logged) == trims + 1
+    assert before == [0, *logged][trims] < logged[-1]
+    assert evictions(cut)[: trims + 1] == logged
+    whole, _ = asyncio.run(scenario("whole", dies=False))
+    assert decided(cut) == list(range(count))
+    assert evictions(cut) == evictions(whole)
+    assert len(evictions(whole)) > trims + 1
+    same(cut, whole)
+
+
+def evictions(log: list[LogEntry]) -> list[int]:
+    """The first frame that each eviction kept."""
+    return [entry.first_seq for entry in log if isinstance(entry, Evicted)]
+
+
+def _cut_at_trim(worker: LLMWorker, monkeypatch: pytest.MonkeyPatch, after: int) -> asyncio.Event:
+    """Let nothing that a replica writes reach Redis, from its trim on that follows so many; tells when."""
+    script, dead, left = worker.bus.script, asyncio.Event(), [None] * after
+
+    async def cut(name: str, keys: Sequence[str], args: Sequence[str | int | float | bytes]) -> object:
+        if name == "TRIM" and not left:
+            dead.set()
+        if dead.is_set():
+            raise BusError("redis_unreachable", "the process is dead")
+        if name == "TRIM":
+            left.pop()
+        return await script(name, keys, args)
+
+    monkeypatch.setattr(worker.bus, "script", cut)
+    return dead
 
 
 def test_a_replica_claims_only_sessions_of_its_own_model(live: Live) -> None:
