@@ -49,7 +49,7 @@ class ObjectivesConfig(Section):
 
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1, description="each trains every objective once")
     dialogues: int = Field(default=24, ge=1, description="of the validation split that are graded, at most")
-    threshold: float = Field(default=0.5, ge=0, le=1, description="of P(silent), below which it speaks; for all")
+    threshold: float = Field(default=0.725, ge=0, le=1, description="of P(silent), below which it speaks; for all")
     folder: str = Field(default="benchmarks", description="where the result goes")
 
 
