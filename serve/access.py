@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import Depends
-from starlette.exceptions import WebSocketException
 from starlette.requests import HTTPConnection
 
 from serve.errors import ApiError
 from serve.gateway import Gateway
 from serve.keys import ApiKeys, Refused
-from serve.realtime import POLICY
 
 
 def the_gateway(connection: HTTPConnection) -> Gateway:
@@ -21,14 +19,12 @@ def the_gateway(connection: HTTPConnection) -> Gateway:
 
 
 def authorized(connection: HTTPConnection) -> str:
-    """The client's name. Refuses with 401, a WebSocket with 1008."""
+    """The client's name. Refuses with 401, a WebSocket's handshake as well."""
     keys = connection.app.state.keys
     assert isinstance(keys, ApiKeys)
     try:
         return keys.client(connection)
     except Refused as error:
-        if connection.scope["type"] == "websocket":
-            raise WebSocketException(POLICY, str(error)) from None
         raise ApiError(401, "unauthorized", str(error)) from None
 
 
