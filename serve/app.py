@@ -223,7 +223,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m serve.app", description="Serve a model until Ctrl-C.")
     parser.add_argument("config", nargs="?", help="settings file (default: configs/embedded.yaml)")
     parser.add_argument("overrides", nargs="*", help="section.key=value")
-    parser.add_argument("--checkpoint", help="a folder or a hub name, whose settings replace those of the model")
+    parser.add_argument(
+        "--checkpoint",
+        help="a folder or a hub name; its settings replace the model section, "
+        "and without a settings file those of a published adapter are taken from configs/",
+    )
     options = parser.parse_args(arguments)
     end_at_once_on_signal()
     try:
@@ -247,9 +251,11 @@ def _asked_for(options: argparse.Namespace) -> Config:
     from serve.checkpoints import serving  # imports torch, which a program without a checkpoint does not need
 
     try:
-        return serving(config, options.checkpoint, chosen=options.config is not None)
+        found = serving(config, options.checkpoint, options.config is not None, options.overrides)
     except ValueError as error:
         raise StartError(str(error)) from None
+    print(f"settings: {found.source}", flush=True)
+    return found
 
 
 if __name__ == "__main__":

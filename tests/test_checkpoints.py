@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from actors.config import Config, ModelConfig
+from actors.engine import EngineConfig
 from actors.parts import CheckpointError
 from actors.weights import WeightsError
 from serve.app import main
@@ -35,8 +36,15 @@ def test_the_published_adapter_is_known_by_its_name(tiny_models: Path, tmp_path:
     path = folder / "adapter_config.json"
     base = {"base_model_name_or_path": "meta-llama/Meta-Llama-3-8B-Instruct"}
     path.write_text(json.dumps(json.loads(path.read_text()) | base))
-    model = serving(DEFAULT, str(folder), chosen=False).model
-    assert (model.llm, model.frames.num_tokens, model.checkpoint) == (base["base_model_name_or_path"], 10, str(folder))
+    found = serving(DEFAULT, str(folder), False, ["model.llm=/models/llama", "engine.kv_memory_gb=7"])
+    assert (found.model.llm, found.model.frames.num_tokens, found.model.checkpoint) == (
+        "/models/llama",
+        10,
+        str(folder),
+    )
+    engine = found.section("engine", EngineConfig)
+    assert (engine.device, engine.kv_memory_share, engine.kv_memory_gb) == ("cuda", 0.8, 7)
+    assert "llama3_8b_live1plus.yaml" in found.source
 
 
 def test_a_published_adapter_of_another_name_asks_for_its_settings(tiny_models: Path) -> None:
