@@ -24,7 +24,8 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 def serving(config: Config, checkpoint: str, chosen: bool, overrides: Sequence[str] = ()) -> Config:
     """`config` for this checkpoint, a folder, a URL or a hub name; `chosen` says that its file was asked for.
 
-    `overrides`, which `config` has in it, hold in another file as well. Raises CheckpointError and WeightsError saying what was found and what is expected.
+    `overrides`, which `config` has in it, hold in another file as well. Raises CheckpointError and WeightsError
+    saying what was found and what is expected.
     """
     folder = Path(checkpoint).expanduser()
     if not folder.is_dir():

@@ -36,14 +36,10 @@ def test_the_published_adapter_is_known_by_its_name(tiny_models: Path, tmp_path:
     path = folder / "adapter_config.json"
     base = {"base_model_name_or_path": "meta-llama/Meta-Llama-3-8B-Instruct"}
     path.write_text(json.dumps(json.loads(path.read_text()) | base))
-    found = serving(DEFAULT, str(folder), False, ["model.llm=/models/llama", "engine.kv_memory_gb=7"])
-    assert (found.model.llm, found.model.frames.num_tokens, found.model.checkpoint) == (
-        "/models/llama",
-        10,
-        str(folder),
-    )
-    engine = found.section("engine", EngineConfig)
-    assert (engine.device, engine.kv_memory_share, engine.kv_memory_gb) == ("cuda", 0.8, 7)
+    found = serving(DEFAULT, str(folder), False, ["model.llm=/models/llama", "engine.max_positions=700"])
+    model, engine = found.model, found.section("engine", EngineConfig)
+    assert (model.llm, model.frames.num_tokens, model.checkpoint) == ("/models/llama", 10, str(folder))
+    assert (engine.device, engine.kv_memory_share, engine.max_positions) == ("cuda", 0.8, 700)
     assert "llama3_8b_live1plus.yaml" in found.source
 
 
