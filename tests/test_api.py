@@ -93,8 +93,14 @@ def test_with_a_key_only_its_bearers_are_served(tiny: dict[str, object], redis_u
         assert httpx.get(f"{url}/v1/stats").status_code == 401
         assert httpx.get(f"{url}/v1/stats", headers={"Authorization": "Bearer wrong"}).status_code == 401
         assert httpx.get(f"{url}/v1/stats", headers={"Authorization": "Bearer secret"}).status_code == 200
-        with pytest.raises(InvalidStatus):
+        with pytest.raises(InvalidStatus) as refused:
             connect(f"{url.replace('http', 'ws', 1)}/v1/realtime")
+        answer = refused.value.response
+        assert (answer.status_code, answer.headers["content-type"]) == (401, "application/json")
+        assert answer.body is not None
+        error = json.loads(answer.body)["error"]
+        assert (error["type"], error["code"], error["param"]) == ("invalid_request_error", "unauthorized", None)
+        assert "Bearer" in error["message"]
         with live(url, Authorization="Bearer secret") as client:
             assert client.until(SessionCreated)
 
