@@ -19,9 +19,10 @@ class LimitsConfig(Section):
     `sessions` and `sessions_per_key` count live sessions and those whose client may still come back, over
     all gateways; clients of this machine without a key count as one key. `connections` are WebSockets and
     requests at a time of one gateway. `*_per_s` are rates of one session, `*_burst` what may come at once.
-    `upload_bytes` is for multipart bodies, `body_bytes` for others; a body must be there within `body_s`, and
-    no `send_s` may pass without a byte of it. `recordings` are recorded videos that one gateway decodes at a
-    time, `video_pixels` those of one of their pictures. `idle_s` is without a word from either side.
+    `upload_bytes` is for multipart bodies, `body_bytes` for others. A request's headers must be there within
+    `headers_s`, a body within `body_s`, and no `send_s` may pass without a byte of it. `recordings` are recorded
+    videos that one gateway decodes at a time, `video_pixels` those of one of their pictures. `idle_s` is without
+    a word from either side.
     `send_s`, `outgoing_events` and `outgoing_bytes` are for clients that do not read.
     """
 
@@ -37,6 +38,7 @@ class LimitsConfig(Section):
     question_chars: int = Field(default=4096, ge=1)
     upload_bytes: int = Field(default=512 << 20, ge=1)
     body_bytes: int = Field(default=64 << 20, ge=1)
+    headers_s: float = Field(default=20.0, gt=0)
     body_s: float = Field(default=900.0, gt=0)
     recordings: int = Field(default=8, ge=1)
     video_pixels: int = Field(default=4096 * 2304, ge=1)
