@@ -47,7 +47,7 @@ def build_api(gateway: Gateway, resolution_px: int, keys: ApiKeys, sources: Sour
     api.state.slots = videos.Slots(gateway.limits.recordings)
     api.state.guard = UrlGuard(sources or SourcesConfig())
     streamed = api.state.streams = streams.Streams(gateway, api.state.guard, resolution_px)
-    api.add_middleware(RequestGuard, gateway=gateway)
+    api.add_middleware(RequestGuard, gateway=gateway, keys=keys)
     errors.install(api)
     api.include_router(site.router)
     for router in (health.open_router, health.router, schema.router, videos.router, chat.router, streams.router):

@@ -156,12 +156,15 @@ def running(config: Config, log_to_driver: bool = False) -> Iterator[str]:
     port = _free_port(settings.host, settings.port)
     os.environ.setdefault(proxy.VARIABLE, proxy.IMPORT_PATH)
     os.environ.setdefault(proxy.SEND_S_VARIABLE, str(limits.send_s))
+    os.environ.setdefault(proxy.HEADERS_S_VARIABLE, str(limits.headers_s))
     end_at_once_on_signal()
     with ExitStack() as stack:
         redis = redis_url(config) or stack.enter_context(RedisServer())
         asyncio.run(_check_redis(config, redis))
         cluster.start(_cpus(settings), log_to_driver)
         stack.callback(ray.shutdown)
+        if "RAY_ADDRESS" not in os.environ:  # a cluster of others may grow
+            check_gpus(settings, ray.cluster_resources().get("GPU", 0.0))
         logging.getLogger("ray.serve").setLevel(logging.INFO if log_to_driver else logging.WARNING)
         try:
             ray_serve.start(http_options={"host": settings.host, "port": port, "request_timeout_s": None})
@@ -186,6 +189,16 @@ def _cpus(settings: ServeConfig) -> int:
         + max(settings.llms, settings.max_llms or 0) * settings.llm_cpus
     )
     return max(os.cpu_count() or 1, math.ceil(reserved))
+
+
+def check_gpus(settings: ServeConfig, there: float) -> None:
+    """Raises StartError for a machine with too few GPUs: Serve would wait for them for ever."""
+    wanted = settings.encoders * settings.encoder_gpus + settings.llms * settings.llm_gpus
+    if wanted > there:
+        raise StartError(
+            f"serve.encoder_gpus and serve.llm_gpus ask for {wanted:g} GPUs, this machine has {there:g}: give a "
+            "settings file that sets both to 0 and encoder.device and engine.device to cpu, or a machine with a GPU"
+        )
 
 
 def _free_port(host: str, port: int) -> int:
@@ -231,7 +244,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     end_at_once_on_signal()
     try:
-        with running(_asked_for(options), log_to_driver=True) as url:
+        config = _asked_for(options)
+        print(f"settings: {config.source}", flush=True)
+        with running(config, log_to_driver=True) as url:
             print(f"cluster: RAY_ADDRESS={ray.get_runtime_context().gcs_address} for python -m serve.drain", flush=True)
             print(f"ready: {url} (WebSocket {url.replace('http', 'ws', 1)}/v1/realtime); Ctrl-C ends it", flush=True)
             asyncio.run(interruptible(asyncio.Event().wait()))
@@ -251,11 +266,9 @@ def _asked_for(options: argparse.Namespace) -> Config:
     from serve.checkpoints import serving  # imports torch, which a program without a checkpoint does not need
 
     try:
-        found = serving(config, options.checkpoint, options.config is not None, options.overrides)
+        return serving(config, options.checkpoint, options.config is not None, options.overrides)
     except ValueError as error:
         raise StartError(str(error)) from None
-    print(f"settings: {found.source}", flush=True)
-    return found
 
 
 if __name__ == "__main__":

@@ -21,9 +21,10 @@ Figures = Mapping[str, Mapping[object, float]]
 class ScalingConfig(Section):
     """Bounds are those of `serve`; this is when replicas are added and taken away.
 
-    `busy` and `calm` are shares in use of KV memory or of places for sessions, whichever is scarcer; `late_s` and
-    `early_s` ages of the oldest frame that waits for an encoder; `behind` the encoded frames per session that
-    wait for a decision.
+    `busy` and `calm` are shares in use of KV memory or of places for sessions, whichever is scarcer; a replica takes
+    a while to start, so the last free place is `busy` already where each has several. `late_s` and `early_s` are
+    ages of the oldest frame that waits for an encoder; `behind` the encoded frames per session that wait for a
+    decision.
     """
 
     upscale_delay_s: float = Field(default=2.0, ge=0)
@@ -81,15 +82,23 @@ class LLMPolicy:
         sessions, behind = total(figures.get("sessions", {})), total(figures.get("waiting_frames", {}))
         waiting = max(figures.get("waiting_sessions", {}).values(), default=0.0)
         room = total(figures.get("room", {}))
-        used = max(mean(figures["kv_use"]), sessions / max(1.0, sessions + room))
+        memory, places = mean(figures["kv_use"]), sessions + room
         if waiting > room:
-            each = max(1.0, (sessions + room) / now)
+            each = max(1.0, places / now)
             return now + math.ceil((waiting - room) / each), {}
-        if used > self.config.busy or (sessions and behind / sessions > self.config.behind):
+        if self._busy(memory, sessions, places, now) or (sessions and behind / sessions > self.config.behind):
             return now + 1, {}
-        if now > 1 and used * now / (now - 1) < self.config.calm and not waiting:
-            return now - 1, {}
+        if now > 1 and not waiting:
+            rest = (now - 1) / now
+            used = max(memory, sessions / max(1.0, places)) / rest
+            if used < self.config.calm and not self._busy(memory / rest, sessions, places * rest, now - 1):
+                return now - 1, {}
         return now, {}
+
+    def _busy(self, memory: float, sessions: float, places: float, replicas: int) -> bool:
+        """Whether memory or places are scarce; the next session's replica has to start before that comes."""
+        last = sessions > 1 and places - sessions <= min(1.0, places / replicas - 1)
+        return last or max(memory, sessions / max(1.0, places)) > self.config.busy
 
 
 def mean(values: Mapping[object, float]) -> float:

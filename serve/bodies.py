@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -11,22 +12,26 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve.client_events import is_number
 from serve.errors import ApiError, error_response
 from serve.gateway import Gateway
+from serve.keys import ApiKeys, Refused
 from serve.limits import LimitsConfig
 
 UPLOAD = "multipart/form-data"
+STRANGERS = ""
 
 
 class RequestGuard:
-    """Refuses bodies that are too large (413) or come too slowly (408), and requests beyond the bound (429).
+    """Refuses bodies that are too large (413) or come too slowly (408), and requests beyond the bounds (429).
 
-    Counts every answer for the metrics by the route it matched.
+    No key can take all requests from the others, and nobody can without one. Counts every answer for the
+    metrics by the route it matched.
     """
 
-    def __init__(self, app: ASGIApp, gateway: Gateway) -> None:
+    def __init__(self, app: ASGIApp, gateway: Gateway, keys: ApiKeys) -> None:
         self.app = app
+        self.keys = keys
         self.gateway = gateway
         self.limits = gateway.limits
-        self._open = 0
+        self._open: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -39,19 +44,36 @@ class RequestGuard:
                 self.gateway.meters.request(getattr(route, "path", "none"), message["status"])
             await send(message)
 
-        if self._open >= self.limits.connections:
-            text = f"{self._open} requests are open, the most this gateway takes: try later"
+        client = self._client(scope)
+        if text := self._too_many(client):
             await self._refuse(429, "too_many_requests", text)(scope, receive, counted)
             return
         body = Body(scope, receive, self.limits)
         if body.announced > body.most:
             await self._refuse(413, "too_big", body.too_big(body.announced))(scope, receive, counted)
             return
-        self._open += 1
+        self._open[client] += 1
         try:
             await self.app(scope, body.receive, counted)
         finally:
-            self._open -= 1
+            self._open[client] -= 1
+            self._open += Counter()  # forgets those with none
+
+    def _client(self, scope: Scope) -> str:
+        """The name to count a request under."""
+        try:
+            return self.keys.client(HTTPConnection(scope))
+        except Refused:
+            return STRANGERS
+
+    def _too_many(self, client: str) -> str | None:
+        """Why this client may not ask one thing more now."""
+        if (total := self._open.total()) >= self.limits.connections:
+            return f"{total} requests are open, the most this gateway takes: try later"
+        if self._open[client] >= self.limits.requests_per_key:
+            whose = "without a valid key" if client == STRANGERS else "of this key"
+            return f"{self._open[client]} requests {whose} are open, the most this gateway takes: try later"
+        return None
 
     def _refuse(self, status: int, code: str, message: str) -> ASGIApp:
         self.gateway.meters.error(code)

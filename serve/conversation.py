@@ -42,14 +42,9 @@ from serve.translation import Translator
 
 log = logging.getLogger(__name__)
 
-OWNER_POLL_S = 0.1
 CLIENTS_MISTAKES = ("too_many_inputs", "message_too_large")
 GONE = ("session_ended", "session_expired")
 PAGE = 64
-
-
-class NoCapacity(Exception):
-    """No LLM replica took the session in time."""
 
 
 @contextmanager
@@ -305,15 +300,10 @@ class Conversation:
         if seq >= self._next_undecided:
             self._received_at[seq] = frame.received
 
-    async def owned(self, timeout_s: float) -> None:
-        """Return once an LLM replica holds the session. Raises NoCapacity after `timeout_s`."""
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            meta = await self._bus.session_meta(self.id)
-            if meta is None or meta.held or meta.state == "ended":
-                return
-            await asyncio.sleep(OWNER_POLL_S)
-        raise NoCapacity(f"no model replica took the session within {timeout_s:g} s: all are full or down, try later")
+    async def placed(self) -> bool:
+        """Whether an LLM replica holds the session, or none needs to any more."""
+        meta = await self._bus.session_meta(self.id)
+        return meta is None or meta.held or meta.state == "ended"
 
     async def events(self) -> AsyncIterator[ServerEvent]:
         """The session's events to `session.ended`, in log order, from where its client wants to go on.

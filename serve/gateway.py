@@ -46,6 +46,8 @@ class ServeConfig(Section):
     are set by the sections of encoder and engine. `max_live_frames` of a session are undecided at most
     where the newest frame wins, `max_waiting_frames` wait in the gateway where none is dropped. With
     `max_encoders` or `max_llms` their number follows the load (`scaling`), from `encoders` and `llms` up.
+    A session that no LLM has taken within `admission_timeout_s` is refused; as long as fewer LLMs are there than
+    `max_llms`, it waits for the next one to start, `start_timeout_s` at most.
     `prompt` is asked for a client that wants a response without having asked anything. `record` is a folder
     into which all sessions are recorded.
     """
@@ -66,6 +68,7 @@ class ServeConfig(Section):
     max_waiting_frames: int = Field(default=64, ge=1)
     max_live_frames: int = Field(default=8, ge=1)
     admission_timeout_s: float = Field(default=20.0, gt=0)
+    start_timeout_s: float = Field(default=120.0, gt=0)
     status_interval_s: float = Field(default=1.0, gt=0)
     prompt: str = Field(default="What do you see now?", min_length=1)
     record: str | None = None

@@ -18,16 +18,19 @@ class LimitsConfig(Section):
 
     `sessions` and `sessions_per_key` count live sessions and those whose client may still come back, over
     all gateways; clients of this machine without a key count as one key. `connections` are WebSockets and
-    requests at a time of one gateway. `*_per_s` are rates of one session, `*_burst` what may come at once.
-    `upload_bytes` is for multipart bodies, `body_bytes` for others; a body must be there within `body_s`, and
-    no `send_s` may pass without a byte of it. `recordings` are recorded videos that one gateway decodes at a
-    time, `video_pixels` those of one of their pictures. `idle_s` is without a word from either side.
+    requests at a time of one gateway, `requests_per_key` the requests among them of one key, or of all without
+    a valid one. `*_per_s` are rates of one session, `*_burst` what may come at once.
+    `upload_bytes` is for multipart bodies, `body_bytes` for others. A request's headers must be there within
+    `headers_s`, a body within `body_s`, and no `send_s` may pass without a byte of it. `recordings` are recorded
+    videos that one gateway decodes at a time, `video_pixels` those of one of their pictures. `idle_s` is without
+    a word from either side.
     `send_s`, `outgoing_events` and `outgoing_bytes` are for clients that do not read.
     """
 
     sessions: int = Field(default=64, ge=1)
     sessions_per_key: int = Field(default=32, ge=1)
     connections: int = Field(default=512, ge=1)
+    requests_per_key: int = Field(default=256, ge=1)
     frames_per_s: float = Field(default=60.0, gt=0)
     frames_burst: int = Field(default=600, ge=1)
     messages_per_s: float = Field(default=120.0, gt=0)
@@ -37,6 +40,7 @@ class LimitsConfig(Section):
     question_chars: int = Field(default=4096, ge=1)
     upload_bytes: int = Field(default=512 << 20, ge=1)
     body_bytes: int = Field(default=64 << 20, ge=1)
+    headers_s: float = Field(default=20.0, gt=0)
     body_s: float = Field(default=900.0, gt=0)
     recordings: int = Field(default=8, ge=1)
     video_pixels: int = Field(default=4096 * 2304, ge=1)

@@ -18,6 +18,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 from actors.bus import BusError
 from actors.image import check_image
 from actors.tasks import end_all
+from serve.admission import NoCapacity, admitted
 from serve.client_events import (
     ClientError,
     ConversationItemCreate,
@@ -34,7 +35,7 @@ from serve.client_events import (
     parse_text,
     picture_bytes,
 )
-from serve.conversation import Conversation, NoCapacity
+from serve.conversation import Conversation
 from serve.gateway import Full, Gateway, Resume
 from serve.keys import subprotocol
 from serve.limits import TokenBucket
@@ -108,6 +109,7 @@ class Connection:
         self._refusals = TokenBucket(per_s=1, burst=1)
         self._opened = asyncio.Event()
         self._active = time.monotonic()
+        self._placed = True
 
     async def run(self) -> None:
         """Raises Closing when the server ends the connection, WebSocketDisconnect when the client does."""
@@ -272,10 +274,13 @@ class Connection:
 
     async def _watch_owner(self) -> None:
         await self._opened.wait()
+        self._placed = False
         try:
-            await self.conversation.owned(self.gateway.config.admission_timeout_s)
+            await admitted(self.conversation, self.gateway)
         except NoCapacity as error:
             raise Closing(FULL, "no_capacity", str(error), ends=True) from None
+        self._active = time.monotonic()
+        self._placed = True
 
     async def _watch_taken(self) -> None:
         await self.conversation.taken.wait()
@@ -292,10 +297,10 @@ class Connection:
                 raise Closing(RESTART, "going_away", "this gateway ends: connect again and resume")
 
     async def _watch_time(self) -> None:
-        """End sessions that are idle or too long."""
+        """End sessions that are idle or too long. To wait for a replica is not to be idle."""
         limits = self.gateway.limits
         while True:
-            idle = limits.idle_s - (time.monotonic() - self._active)
+            idle = limits.idle_s - (time.monotonic() - self._active if self._placed else 0.0)
             total = limits.total_s - (time.time() - self.conversation.opened_at)
             if idle <= 0:
                 text = f"nothing was said for {limits.idle_s:g} s, the longest a session may be idle"

@@ -18,8 +18,9 @@ from typing import Literal
 from actors.bus import BusError
 from actors.tasks import end_all
 from actors.video import VideoError, encode_jpeg, probe, read_frames
+from serve.admission import NoCapacity, admitted
 from serve.client_events import ClientError
-from serve.conversation import Conversation, NoCapacity
+from serve.conversation import Conversation
 from serve.errors import ApiError
 from serve.gateway import Gateway
 from serve.server_events import ServerEvent, failure
@@ -100,10 +101,11 @@ async def watch(recording: Recording, conversation: Conversation, gateway: Gatew
 
 
 async def _watch(recording: Recording, conversation: Conversation, gateway: Gateway) -> AsyncGenerator[ServerEvent]:
+    placing = asyncio.create_task(admitted(conversation, gateway))
     tasks = [
         asyncio.create_task(_supply(recording, conversation)),
         asyncio.create_task(conversation.feed()),
-        asyncio.create_task(conversation.owned(gateway.config.admission_timeout_s)),
+        placing,
     ]
     events = conversation.events()
     following = asyncio.ensure_future(anext(events))
@@ -112,7 +114,7 @@ async def _watch(recording: Recording, conversation: Conversation, gateway: Gate
         waiting = {*tasks, following}
         while True:
             done, waiting = await asyncio.wait(waiting, timeout=idle_s, return_when=asyncio.FIRST_COMPLETED)
-            if not done:
+            if not done and placing.done():  # to wait for a replica is not to be idle, and is bounded itself
                 yield failure("idle_timeout", f"nothing happened for {idle_s:g} s")
                 return
             for task in done - {following}:

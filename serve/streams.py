@@ -26,8 +26,9 @@ from actors.messages import End, Interrupt, Query
 from actors.messages import SessionEnded as SessionEndedEntry
 from actors.tasks import end_all
 from serve.access import Client, TheGateway
+from serve.admission import NoCapacity, admitted
 from serve.client_events import ClientError, SessionPatch, VideoTime, check_time, is_number
-from serve.conversation import Conversation, NoCapacity, suppress_gone
+from serve.conversation import Conversation, suppress_gone
 from serve.errors import ApiError, described
 from serve.gateway import Gateway
 from serve.ingest import Ingest, Source, SourceError
@@ -161,12 +162,12 @@ class Streams:
 
     async def _read(self, running: Running, stack: AsyncExitStack) -> None:
         """From the first picture to the session's end, however it comes."""
-        conversation, config = running.conversation, self.gateway.config
+        conversation = running.conversation
         async with stack:
             work = [
                 asyncio.create_task(_supply(running.ingest, conversation)),
                 asyncio.create_task(conversation.feed()),
-                asyncio.create_task(conversation.owned(config.admission_timeout_s)),
+                asyncio.create_task(admitted(conversation, self.gateway)),
             ]
             end = asyncio.create_task(_to_the_end(conversation))
             try:

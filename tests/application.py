@@ -38,6 +38,7 @@ class Application:
         self.gateways: list[Gateway] = []
         self._wanted = gateways
         self._servers: list[uvicorn.Server] = []
+        self._loops: list[asyncio.Task[None]] = []
         self._started: Future[list[str]] = Future()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
         self._thread.start()
@@ -52,16 +53,21 @@ class Application:
         """Run something on the application's loop."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout=60)
 
+    async def work(self) -> None:
+        """Start encoder and LLM of an application that was made without."""
+        self._loops = [asyncio.create_task(worker.run()) for worker in (self._encoder, self._llm)]
+
     async def _run(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         try:
             bus = self.config.section("bus", BusConfig)
             buses = [await Bus.connect(bus, self.redis) for _ in range(2 + self._wanted)]
-            encoder = build_encoder_worker(self.config, buses[0], "encoder")
-            llm = build_llm_worker(self.config, buses[1], "llm")
-            loops = [asyncio.create_task(worker.run()) for worker in (encoder, llm) if self.workers]
-            serving = [await self._serve(own, llm.fingerprint) for own in buses[2:]]
+            self._encoder = build_encoder_worker(self.config, buses[0], "encoder")
+            self._llm = build_llm_worker(self.config, buses[1], "llm")
+            if self.workers:
+                await self.work()
+            serving = [await self._serve(own, self._llm.fingerprint) for own in buses[2:]]
             self._started.set_result(
                 [f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}" for server in self._servers]
             )
@@ -72,10 +78,10 @@ class Application:
         for server in self._servers:
             server.should_exit = True
         await asyncio.gather(*serving)
-        for worker in (encoder, llm):
-            if self.workers:
-                worker.stop()
-        await asyncio.gather(*loops)
+        if self._loops:
+            self._encoder.stop()
+            self._llm.stop()
+        await asyncio.gather(*self._loops)
         for own in buses:
             await own.close()
 

@@ -8,7 +8,8 @@ import pytest
 from ray.serve import Application
 
 from actors.config import Config, ConfigError
-from serve.app import StartError, build, redis_url, running
+from serve.app import StartError, build, check_gpus, redis_url, running
+from serve.gateway import ServeConfig
 from serve.keys import is_loopback
 
 MODEL = {"model": {"llm": "embedded", "vision": "embedded", "frames": {"resolution_px": 224}}}
@@ -57,3 +58,11 @@ def test_the_settings_file_names_redis_before_the_environment(monkeypatch: pytes
     monkeypatch.setenv("REDIS_URL", "redis://environment")
     assert redis_url(Config({})) == "redis://environment"
     assert redis_url(Config({"bus": {"url": "redis://file"}})) == "redis://file"
+
+
+def test_a_machine_without_the_gpus_that_are_asked_for_is_told_so() -> None:
+    wanted = ServeConfig(encoder_gpus=0.25, llm_gpus=0.75)
+    check_gpus(wanted, 1.0)
+    check_gpus(ServeConfig(), 0.0)
+    with pytest.raises(StartError, match=r"ask for 1 GPUs, this machine has 0: .* encoder\.device"):
+        check_gpus(wanted, 0.0)

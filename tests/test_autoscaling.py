@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from actors.bus import Bus
 from actors.load import Load, measure
 from actors.messages import SessionSettings
-from serve.autoscaling import EncoderPolicy, Figures, LLMPolicy
+from serve.autoscaling import EncoderPolicy, Figures, LLMPolicy, ScalingConfig
 
 
 @dataclass
@@ -61,6 +62,29 @@ def test_places_count_like_memory_where_there_are_fewer() -> None:
     assert llms(1, kv_use=0.1, room=0) == 2
     assert llms(2, kv_use=0.1, sessions=2, room=2) == 2
     assert llms(2, kv_use=0.1, sessions=1, room=4) == 1
+
+
+def test_a_replica_is_asked_for_before_the_last_place_is_taken() -> None:
+    assert llms(1, kv_use=0.1, sessions=2, room=2) == 1
+    assert llms(1, kv_use=0.1, sessions=3, room=1) == 2
+    assert llms(1, kv_use=0.1, sessions=1, room=1) == 1
+    assert llms(3, kv_use=0.1, sessions=1, room=0) == 4
+    assert LLMPolicy()(places(3, 1, 2))[0] == 3
+
+
+def test_a_replica_is_not_taken_away_where_it_would_be_asked_for_again() -> None:
+    calm = ScalingConfig(calm=0.8).model_dump()
+    for each, sessions in itertools.product(range(1, 9), range(17)):
+        fewer = LLMPolicy(**calm)(places(2, each, sessions))[0]
+        assert fewer >= 2 or LLMPolicy(**calm)(places(1, each, sessions))[0] == 1, (each, sessions)
+
+
+def places(replicas: int, each: int, sessions: int) -> Seen:
+    """What is seen of replicas with `each` places, of which sessions have taken some, and of little memory in use."""
+    room = max(0.0, each - sessions / replicas)
+    held = each - room
+    figures = {"kv_use": 0.1, "room": room, "sessions": held, "waiting_frames": 0.0, "waiting_sessions": 0.0}
+    return Seen(replicas, {name: dict.fromkeys(range(replicas), value) for name, value in figures.items()})
 
 
 def test_an_encoder_is_added_when_frames_grow_old() -> None:

@@ -6,16 +6,17 @@ import io
 import json
 import socket
 import struct
+import time
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
 import pytest
-from application import application
+from application import application, running
 from live_client import live, picture
 from PIL import Image
 from test_chat_completions import image_part, make_clip, post, shown, user
@@ -237,6 +238,40 @@ def test_a_body_that_drips_is_given_up(url: str) -> None:
         )
         answer = connection.recv(65536)
     assert b" 408 " in answer.split(b"\r\n")[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "path"),
+    [("flooding", "/v1/chat/completions"), ("flooding", "/v1/videos"), ("wrong", "/v1/streams")],
+)
+def test_a_flood_of_requests_is_refused_and_other_keys_are_served(
+    tiny: dict[str, object], redis_url: str, key: str, path: str
+) -> None:
+    """Bodies that drip hold as many requests as a key may have open, and no more."""
+    slow = (
+        f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {key}\r\n"
+        "Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n{"
+    )
+    flooding, quiet = ({"Authorization": f"Bearer {name}"} for name in (key, "quiet"))
+    with running(tiny, redis_url, ["flooding", "quiet"], requests_per_key=3) as app, ExitStack() as stack:
+        parts = urlsplit(app.url)
+        other = stack.enter_context(live(app.url, **quiet))
+        other.configure(video={"drop_policy": "block"})
+        other.frame(0)
+        for _ in range(3):
+            connection = stack.enter_context(socket.create_connection((parts.hostname, parts.port), timeout=30))
+            connection.sendall(slow.encode())
+        deadline = time.monotonic() + 30
+        while (answer := httpx.get(f"{app.url}/v1/models", headers=flooding)).status_code != 429:
+            assert time.monotonic() < deadline, answer.text
+        assert answer.headers["retry-after"] == "5"
+        assert answer.json()["error"]["type"] == "rate_limit_error"
+        refused(answer, "too_many_requests")
+        for _ in range(5):
+            assert httpx.get(f"{app.url}/v1/models", headers=quiet).status_code == 200
+        other.frame(0.5)
+        other.end()
+        assert other.decided() == [(0, 0.0), (1, 0.5)]
 
 
 @pytest.mark.parametrize("video_time", [-1, "NaN", "Infinity", "soon", True, 1e10])

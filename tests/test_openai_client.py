@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from openai.types.realtime import (
     SessionCreatedEvent,
     SessionUpdatedEvent,
 )
+from websockets.exceptions import InvalidStatus
 
 from actors.video import encode_jpeg, read_frames
 
@@ -130,6 +132,7 @@ async def test_what_a_stock_client_asks_for_in_vain_is_refused_by_name(client: A
 
 async def test_the_stock_client_hears_why_its_key_is_refused(client: AsyncOpenAI) -> None:
     stranger = client.with_options(api_key="another key")
-    with pytest.raises(Exception, match="401"):
+    with pytest.raises(InvalidStatus, match="401") as refused:
         async with stranger.realtime.connect(model="any name"):
             pass
+    assert json.loads(refused.value.response.body or b"")["error"]["code"] == "unauthorized"

@@ -6,11 +6,13 @@ One instance with the tiny model serves all tests of this module.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,7 +28,7 @@ import yaml
 from live_client import LiveClient, live, post_video
 from processes import Marked
 from redis.asyncio import Redis
-from websockets.exceptions import ConnectionClosed, InvalidHandshake
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
 
 from actors.bus import Bus, BusConfig
 from actors.calibration import Calibration, write_calibration
@@ -110,7 +112,7 @@ def server(
     model = {**tiny_configs["live1plus"].model_dump(mode="json"), "checkpoint": str(calibrated)}
     prefix = f"serve-{secrets.token_hex(4)}:"
     bus = {"prefix": prefix, "resume_s": RESUME_S}
-    path = settings_file(folder, model, bus=bus, serve={"gateways": 2})
+    path = settings_file(folder, model, bus=bus, serve={"gateways": 2}, limits={"headers_s": 5})
     marked = Marked()
     process, url, cluster = start(path, REDIS_URL=redis_url, **marked.environment)
     try:
@@ -373,7 +375,7 @@ def resumed(url: str, session_id: str, after: int | None) -> Iterator[LiveClient
                 client = stack.enter_context(live(url, session_id, after))
                 client.until(SessionCreated)
                 break
-            except (ConnectionClosed, InvalidHandshake, OSError):
+            except (ConnectionClosed, InvalidHandshake, InvalidStatus, OSError):
                 if time.monotonic() > deadline:
                     raise
         yield client
@@ -401,3 +403,24 @@ def test_the_drain_command_sends_clients_away_and_they_go_on_when_it_is_called_o
         again.frame(2)
         again.end()
     assert [*client.decided(), *again.decided()] == [(0, 0.0), (1, 1.0), (2, 2.0)]
+
+
+def test_a_refused_handshake_says_why_through_serves_proxy(server: Server) -> None:
+    with pytest.raises(InvalidStatus) as refused, live(server.url, Origin="https://evil.example"):
+        pass
+    answer = refused.value.response
+    assert answer.status_code == 401
+    error = json.loads(answer.body or b"")["error"]
+    assert (error["type"], error["code"], error["param"]) == ("invalid_request_error", "unauthorized", None)
+    assert "evil.example" in error["message"]
+
+
+def test_headers_that_drip_are_given_up_by_serves_proxy(server: Server) -> None:
+    address = httpx.URL(server.url)
+    with live(server.url) as other, socket.create_connection((address.host, address.port or 80), timeout=60) as slow:
+        other.until(SessionCreated)
+        slow.sendall(b"GET /v1/realtime HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Slow: ")
+        answer = b"".join(iter(lambda: slow.recv(4096), b""))
+        assert play(other, 3).frames.decided == 3
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "too_slow"
