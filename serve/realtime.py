@@ -274,7 +274,7 @@ class Connection:
 
     async def _watch_owner(self) -> None:
         await self._opened.wait()
-        self._placed = False
+        self._placed = self.gateway.config.max_llms is None
         try:
             await admitted(self.conversation, self.gateway)
         except NoCapacity as error:
@@ -297,7 +297,7 @@ class Connection:
                 raise Closing(RESTART, "going_away", "this gateway ends: connect again and resume")
 
     async def _watch_time(self) -> None:
-        """End sessions that are idle or too long. To wait for a replica is not to be idle."""
+        """End sessions that are idle or too long. To wait for one more replica is not to be idle."""
         limits = self.gateway.limits
         while True:
             idle = limits.idle_s - (time.monotonic() - self._active if self._placed else 0.0)

@@ -114,7 +114,8 @@ async def _watch(recording: Recording, conversation: Conversation, gateway: Gate
         waiting = {*tasks, following}
         while True:
             done, waiting = await asyncio.wait(waiting, timeout=idle_s, return_when=asyncio.FIRST_COMPLETED)
-            if not done and placing.done():  # to wait for a replica is not to be idle, and is bounded itself
+            waits = gateway.config.max_llms is not None and not placing.done()  # for a replica, which is bounded
+            if not done and not waits:
                 yield failure("idle_timeout", f"nothing happened for {idle_s:g} s")
                 return
             for task in done - {following}:
