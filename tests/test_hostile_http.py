@@ -241,16 +241,20 @@ def test_a_body_that_drips_is_given_up(url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "path"),
-    [("flooding", "/v1/chat/completions"), ("flooding", "/v1/videos"), ("wrong", "/v1/streams")],
+    ("key", "path", "kind", "begins"),
+    [
+        ("flooding", "/v1/chat/completions", "application/json", "{"),
+        ("flooding", "/v1/videos", "multipart/form-data; boundary=b", "-"),
+        ("wrong", "/v1/streams", "application/json", "{"),
+    ],
 )
 def test_a_flood_of_requests_is_refused_and_other_keys_are_served(
-    tiny: dict[str, object], redis_url: str, key: str, path: str
+    tiny: dict[str, object], redis_url: str, key: str, path: str, kind: str, begins: str
 ) -> None:
     """Bodies that drip hold as many requests as a key may have open, and no more."""
     slow = (
         f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {key}\r\n"
-        "Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n{"
+        f"Content-Type: {kind}\r\nContent-Length: 1000\r\n\r\n{begins}"
     )
     flooding, quiet = ({"Authorization": f"Bearer {name}"} for name in (key, "quiet"))
     with running(tiny, redis_url, ["flooding", "quiet"], requests_per_key=3) as app, ExitStack() as stack:
