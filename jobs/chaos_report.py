@@ -138,7 +138,8 @@ class ChaosReport:
             p50, p99 = share(fault.recoveries, 0.5), share(fault.recoveries, 0.99)
             lasted_s, whole_s = fault.healed - fault.began, fault.whole - fault.healed
             times = f"{lasted_s:>7.1f}s {p50:>6.1f}s {p99:>6.1f}s {fault.stuck:>6} {whole_s:>6.1f}s"
-            times += f" {share(fault.away, 0.5):>8.1f}s {share(fault.away, 0.99):>6.1f}s"
+            gone = [f"{share(fault.away, part):.1f}s" if fault.away else "-" for part in (0.5, 0.99)]
+            times += f" {gone[0]:>9} {gone[1]:>7}"
             lines.append(f"{fault.name:<20} {times}  {fault.what}")
         lines += self._latencies()
         lines += ["", *(f"{name.replace('_', ' '):<30} {value:>8}" for name, value in self.totals.items())]
