@@ -6,7 +6,7 @@ graded in its own form (jobs/per_frame.py). Training dialogues in which nothing 
 learns nothing from them. `objectives.folder` gets DATE-objectives.json, .md and .png.
 
 Needs dialogues and frame tokens, as jobs.train does; docs/training.md makes up small ones, with which all takes some
-twenty minutes of one core.
+45 minutes of one core.
 """
 
 from __future__ import annotations
