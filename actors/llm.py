@@ -26,7 +26,7 @@ from actors.engine import Engine, EngineConfig, NoCapacity
 from actors.held import Held, LostFrames, StoredEntry, StoredInput, read_window, rebuild, stream_order
 from actors.messages import Evicted, LogEntry, MessageError, Query, SessionEnded, encode
 from actors.meters import LLMMeters, counter, counters, gauge
-from actors.replicas import Reporter
+from actors.replicas import Reporter, least_loaded
 from actors.session import Session, SessionError
 from actors.stepper import Stepper
 from actors.tasks import end_all
@@ -37,6 +37,8 @@ RETRY_S = (0.05, 1.0)
 BLOCK_MS = 1000
 CLAIMS_A_LEASE = 4  # looks for sessions that nobody holds, in the time of a lease
 TAKEOVERS_AT_ONCE = 8
+BALANCE_S = 2.0  # between two looks at how much work other replicas have; they say so every second
+BEHIND = 2  # frames that wait for each session: two looks in a row at more, and some sessions go elsewhere
 APPENDS_AT_ONCE = 2  # of a partition, so that one whose server is away neither holds up others nor is stormed
 
 Logged = tuple[Session, list[LogEntry], int]
@@ -72,7 +74,7 @@ class LLMWorker:
         self._taking: dict[str, Lease] = {}
         self.meters = LLMMeters(self._figures)
         self.stepper = Stepper(engine, self._hand_over, self.meters.stepped)
-        self._claims = self._lost_leases = 0
+        self._claims = self._lost_leases = self._moved = 0
         self._outbox: asyncio.Queue[Logged | Exception | None] = asyncio.Queue()
         self._unwritten: dict[Session, tuple[list[LogEntry], int]] = {}
         self._writing: dict[Session, asyncio.Task[None]] = {}
@@ -96,6 +98,7 @@ class LLMWorker:
         tasks = [asyncio.create_task(self._claim_forever()), asyncio.create_task(self._renew_forever())]
         tasks += [asyncio.create_task(self._read_forever(p)) for p in range(self.bus.config.partitions)]
         tasks += [asyncio.create_task(self._reap_forever()), asyncio.create_task(self._until_stopped())]
+        tasks += [asyncio.create_task(self._balance_forever())]
         try:
             done, _ = await asyncio.wait([stepping, appending, *tasks], return_when=asyncio.FIRST_COMPLETED)
             for finished in done:
@@ -123,24 +126,30 @@ class LLMWorker:
             "frames_per_s": self.stepper.decision_rate(),
             "claims": self._claims,
             "lost_leases": self._lost_leases,
-            "sessions": len(self.held),
+            "sessions_moved": self._moved,
+            "sessions": len(self.held.keys() | self._taking.keys()),
+            "room": self.engine.room - len(self._taking.keys() - self.held.keys()),
             "step_s": self.stepper.step_s,
-            "waiting_frames": sum(held.session.waiting_frames for held in list(self.held.values())),
+            "waiting_frames": self._waiting_frames,
             "timeline": list(self.stepper.timeline),
         }
 
+    @property
+    def _waiting_frames(self) -> int:
+        return sum(held.session.waiting_frames for held in list(self.held.values()))
+
     def _figures(self) -> list[Metric]:
         said, use = self.stepper.counters, self.engine.kv_use
-        waiting = sum(held.session.waiting_frames for held in list(self.held.values()))
         rebuilds = [({"cause": "window"}, said["evictions"]), ({"cause": "takeover"}, self._claims)]
         return [
             gauge("sessions", "Sessions that a gateway shows or an LLM replica holds", len(self.held)),
-            gauge("waiting_frames", "Frames that are encoded and not decided", waiting),
+            gauge("waiting_frames", "Frames that are encoded and not decided", self._waiting_frames),
             counter("frames_decided", "Frames that are in their session's context", said["frames_decided"]),
             counter("responses", "Responses begun", said["responses"]),
             counter("response_tokens", "Tokens spoken", said["tokens"]),
             counters("rebuilds", "Contexts built anew: the window was full, or a session was taken over", rebuilds),
             counter("leases_lost", "Sessions lost to another replica", self._lost_leases),
+            counter("sessions_moved", "Sessions handed to a replica with less work", self._moved),
             gauge("kv_positions_filled", "Positions of the KV memory that hold a context", use.filled),
             gauge("kv_positions_reserved", "Positions of the KV memory set aside for sessions", use.reserved),
             gauge("kv_positions", "Positions of the KV memory", use.total),
@@ -244,6 +253,30 @@ class LLMWorker:
             if held is not None and held.lease == lease:
                 await self._drop(held)
 
+    async def _balance_forever(self) -> None:
+        """Hand sessions to a replica with less work while frames wait here: one that came later has none of its own."""
+        behind = 0
+        while True:
+            await asyncio.sleep(BALANCE_S)
+            behind = behind + 1 if self._waiting_frames > BEHIND * len(self.held) else 0
+            if behind > 1:
+                await self._guarded(self._balance())
+
+    async def _balance(self) -> None:
+        """An eighth of the difference at a time: what moves is rebuilt there, beside the sessions it has."""
+        heir = least_loaded(self.name, self.fingerprint, await self.bus.reports())
+        if heir is None:
+            return
+        surplus = len(self.held) - heir.sessions
+        moving = min(heir.room, max(1, surplus // 8)) if surplus > 1 else 0
+        cheapest = sorted(self.held.values(), key=lambda held: (held.session.response is not None, held.session.fed))
+        for held in cheapest[:moving]:
+            given = await self.bus.release(held.lease, heir.name)
+            if given:
+                self._moved += 1
+                logger.info("session=%s handed to replica=%s", held.lease.session_id, heir.name)
+            await self._drop(held, lost=not given)
+
     async def _reap_forever(self) -> None:
         """End sessions whose client was not heard of for as long as it may come back, and a while longer."""
         resume_s = self.bus.config.resume_s
@@ -264,12 +297,12 @@ class LLMWorker:
             reason = f"client_gone: nothing was heard of the client for {meta.idle_ms / 1000:.0f} s"
             self.stepper.post(partial(held.session.give_up, reason))
 
-    async def _drop(self, held: Held) -> None:
-        """Forget a session that another replica owns now, or that ended."""
+    async def _drop(self, held: Held, lost: bool = True) -> None:
+        """Forget a session that another replica owns now, or that ended; `lost` unless we gave it away."""
         session_id = held.lease.session_id
         if self.held.get(session_id) is held:
             del self.held[session_id]
-            self._lost_leases += not held.session.ended
+            self._lost_leases += lost and not held.session.ended
             self.meters.forget(session_id)
             await self.stepper.call(partial(self._close, held))
             self._claim_now.set()

@@ -89,11 +89,14 @@ class OwnerSide(LogConnection):
             log.warning("leases of one partition are not renewed: %s", error)
         return [lease for task in ended.values() if task.exception() is None for lease in task.result()]
 
-    async def release(self, lease: Lease) -> bool:
-        """Give a lease back so that another replica takes the session at once. False when it was lost."""
+    async def release(self, lease: Lease, heir: str = "") -> bool:
+        """Give a lease back so that another replica takes the session at once. False when it was lost.
+
+        For the length of a lease nobody but `heir`, the name of a replica, may take it; after that, anybody may.
+        """
         partition = self.partition(lease.session_id)
         keys = [self.keys.meta(partition, lease.session_id), self.keys.leases(partition), self.keys.wake(partition)]
-        return await self.script("RELEASE", keys, [lease.session_id, lease.epoch]) == 1
+        return await self.script("RELEASE", keys, [lease.session_id, lease.epoch, heir, self.config.lease_ms]) == 1
 
     async def append(
         self, lease: Lease, position: int, entries: Sequence[LogEntry], decided: int

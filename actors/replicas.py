@@ -15,7 +15,8 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, cast
 
 from prometheus_client import CollectorRegistry, generate_latest
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
@@ -46,6 +47,30 @@ class ReplicaReport(BaseModel):
     model: str
     stats: dict[str, JsonValue]
     metrics: str
+
+
+@dataclass(frozen=True)
+class LLMLoad:
+    """What an LLM replica reports of its sessions: how many it holds, how many more it would take."""
+
+    name: str
+    sessions: int
+    room: int
+    waiting_frames: int
+
+
+def least_loaded(name: str, model: str, reports: Sequence[ReplicaReport]) -> LLMLoad | None:
+    """The LLM replica besides `name` with the fewest sessions of those that have room and keep up, if any has."""
+    others = [report for report in reports if (report.role, report.model) == ("llm", model) and report.name != name]
+    loads = filter(None, map(_llm_load, others))
+    able = [load for load in loads if load.room > 0 and load.waiting_frames <= load.sessions]
+    return min(able, key=lambda load: load.sessions, default=None)
+
+
+def _llm_load(report: ReplicaReport) -> LLMLoad | None:
+    """None of one that does not say it: another version, while replicas are replaced."""
+    counts = [report.stats.get(key) for key in ("sessions", "room", "waiting_frames")]
+    return LLMLoad(report.name, *cast(list[int], counts)) if all(isinstance(count, int) for count in counts) else None
 
 
 class ReplicaSide(LogConnection):

@@ -299,17 +299,19 @@ return {redis.call('ZCOUNT', KEYS[1], '-inf', time), age}
 
 # KEYS meta, leases; ARGV session, token, owner, fingerprint, lease -> epoch; 0 not to be had, -1 no session any more
 CLAIM = """
-local meta = redis.call('HMGET', KEYS[1], 'state', 'fingerprint', 'epoch', 'claim')
+local meta = redis.call('HMGET', KEYS[1], 'state', 'fingerprint', 'epoch', 'claim', 'offered', 'offered_until')
 if not meta[1] or meta[1] == 'ended' then
   redis.call('ZREM', KEYS[2], ARGV[1])
   return -1
 end
 if meta[4] == ARGV[2] then return tonumber(meta[3]) end
 local deadline, time = redis.call('ZSCORE', KEYS[2], ARGV[1]), now()
+if meta[5] and meta[5] ~= ARGV[3] and tonumber(meta[6]) > time then return 0 end
 if meta[2] ~= ARGV[4] or not deadline or tonumber(deadline) > time then return 0 end
 redis.call('ZREM', KEYS[2], ARGV[1])
 redis.call('ZADD', KEYS[2], time + ARGV[5], ARGV[1])
 redis.call('HSET', KEYS[1], 'epoch', meta[3] + 1, 'owner', ARGV[3], 'claim', ARGV[2])
+redis.call('HDEL', KEYS[1], 'offered', 'offered_until')
 return meta[3] + 1
 """
 
@@ -326,14 +328,16 @@ end
 return renewed
 """
 
-# KEYS meta, leases, wake; ARGV session, epoch -> 1 released, 0 lost. The epoch goes up so that
-# nothing of this owner that is still under way, a renewal above all, has an effect any more.
+# KEYS meta, leases, wake; ARGV session, epoch, heir or '', ms -> 1 released, 0 lost. The epoch goes up so that
+# nothing of this owner that is still under way, a renewal above all, has an effect any more. Nobody but the heir
+# may claim the session for that many ms.
 RELEASE = """
 if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[2] then return 0 end
 redis.call('ZREM', KEYS[2], ARGV[1])
 redis.call('HSET', KEYS[1], 'epoch', ARGV[2] + 1, 'owner', '')
 if redis.call('HGET', KEYS[1], 'state') ~= 'ended' then
   redis.call('ZADD', KEYS[2], 0, ARGV[1])
+  if ARGV[3] ~= '' then redis.call('HSET', KEYS[1], 'offered', ARGV[3], 'offered_until', now() + ARGV[4]) end
   redis.call('XADD', KEYS[3], 'MAXLEN', 64, '*', 's', ARGV[1])
 end
 return 1

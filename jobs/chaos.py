@@ -26,7 +26,7 @@ from actors.redis_server import RedisServerError
 from actors.tasks import end_all
 from actors.video import encode_jpeg
 from jobs.chaos_application import Application, ChaosError, end_in_order_on_signal, tiny_settings
-from jobs.chaos_client import Books, ChaosClient
+from jobs.chaos_client import FPS, Books, ChaosClient
 from jobs.chaos_faults import FAULTS, OVERLOAD_S, lose_data
 from jobs.chaos_report import ChaosReport, Injected, books_of, machine
 from jobs.process_usage import UsageSampler
@@ -35,27 +35,35 @@ log = logging.getLogger(__name__)
 
 RESUME_S = 600.0  # the log is kept whole, so that it can be compared at the end
 SETTLE_S = 120.0
+BEHIND_S = 3.0
 REPLACE_S = 300.0
 CALM_S = 3.0
 END_S = 180.0
 
 
 async def run(
-    app: Application, sessions: int, seed: int, names: Sequence[str], minutes: float, report: ChaosReport
+    app: Application, sessions: int, fps: float, seed: int, names: Sequence[str], minutes: float, report: ChaosReport
 ) -> None:
     """Faults on the same sessions, none after `minutes`, then the loss of all data on two new ones."""
     chosen, stop, image = random.Random(seed), asyncio.Event(), picture()
     await until_whole(app)
     with UsageSampler(every_s=2, memory=True) as usage:
-        clients = [ChaosClient(app.url, image, seed + n, n % 4 == 0, stop) for n in range(sessions)]
+        clients = [ChaosClient(app.url, image, seed + n, n % 4 == 0, stop, fps=fps) for n in range(sessions)]
         tasks = [asyncio.create_task(client.run()) for client in clients]
         try:
             report.started = time.monotonic()
-            await _going_on(clients, tasks, time.monotonic())
             for name in chosen.sample(list(names), len(names)):
                 if time.monotonic() > report.started + 60 * minutes:
                     report.left_out.append(name)
                     continue
+                behind_s = await _keeping_up(clients, tasks)  # one fault at a time
+                if behind_s > BEHIND_S and not report.faults:
+                    raise ChaosError(
+                        f"without any fault, a session is {behind_s:.1f} s behind after {SETTLE_S:g} s: this machine "
+                        f"does not decide {sessions * fps:g} frames a second of {sessions} sessions; ask for fewer "
+                        "sessions (--sessions) or fewer frames (--fps)"
+                    )
+                log.log(logging.WARNING if behind_s > BEHIND_S else logging.INFO, "behind_s=%.1f", behind_s)
                 calm = time.monotonic()
                 longer_s = OVERLOAD_S if name == "overload" else 0.0  # enough frames to compare with
                 await asyncio.sleep(longer_s + CALM_S * chosen.uniform(0.5, 1.5))
@@ -97,6 +105,17 @@ async def _inject(
         injected.whole = math.inf
     log.info("fault=%s over after_s=%.1f", name, injected.whole - injected.healed)
     return injected
+
+
+async def _keeping_up(clients: Sequence[ChaosClient], tasks: Sequence[asyncio.Task[Books]]) -> float:
+    """Seconds that the slowest session is behind its frames, once that is `BEHIND_S` at most or the time is up."""
+    deadline = time.monotonic() + SETTLE_S
+    while True:
+        behind = [client.behind_s for client, task in zip(clients, tasks, strict=True) if not task.done()]
+        slowest_s = max(behind, default=0.0)
+        if slowest_s <= BEHIND_S or time.monotonic() > deadline:
+            return slowest_s
+        await asyncio.sleep(0.5)
 
 
 async def _going_on(clients: Sequence[ChaosClient], tasks: Sequence[asyncio.Task[Books]], since: float) -> None:
@@ -151,6 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m jobs.chaos", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sessions", type=int, default=50)
+    parser.add_argument("--fps", type=float, default=FPS, help="frames a second of each session (default %(default)g)")
     parser.add_argument("--replicas", type=int, default=2, help="of gateway, encoder and LLM each")
     parser.add_argument("--faults", nargs="+", choices=list(FAULTS), default=list(FAULTS), metavar="FAULT")
     parser.add_argument("--minutes", type=float, default=60.0, help="after which no further fault is injected")
@@ -161,13 +181,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     end_in_order_on_signal()
-    report = ChaosReport(machine(options.seed, options.sessions, options.replicas), list(options.note))
+    report = ChaosReport(
+        machine(options.seed, options.sessions, options.replicas) | {"frames a second of each": options.fps},
+        list(options.note),
+    )
     try:
         with tempfile.TemporaryDirectory(prefix="videollm-chaos-") as name:
             folder = Path(name)
             given = load_config(options.settings).sections if options.settings else tiny_settings(folder / "llm")
             with Application(folder, given, options.replicas, RESUME_S) as app:
-                asyncio.run(run(app, options.sessions, options.seed, options.faults, options.minutes, report))
+                asyncio.run(
+                    run(app, options.sessions, options.fps, options.seed, options.faults, options.minutes, report)
+                )
     except (ChaosError, ConfigError, RedisServerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -106,12 +106,20 @@ class Final(Exception):
 
 
 class ChaosClient:
-    """One session from first frame to audit. `stop` lets it say the end."""
+    """One session of `fps` frames a second from first frame to audit. `stop` lets it say the end."""
 
     def __init__(
-        self, url: str, picture: bytes, seed: int, talks: bool, stop: asyncio.Event, ask_every: int = 12
+        self,
+        url: str,
+        picture: bytes,
+        seed: int,
+        talks: bool,
+        stop: asyncio.Event,
+        ask_every: int = 12,
+        fps: float = FPS,
     ) -> None:
         self.url = url
+        self.fps = fps
         self.books = Books()
         self._picture = picture
         self._random = random.Random(seed)
@@ -125,6 +133,12 @@ class ChaosClient:
         self._ending_at: int | None = None
         self._lost_at: float | None = None
         self._heard = asyncio.Event()
+        self._start = time.monotonic()
+
+    @property
+    def behind_s(self) -> float:
+        """Seconds of video that are due and not decided, skipped or dropped."""
+        return time.monotonic() - self._start - self.books.settled / self.fps
 
     async def run(self, audit: bool = True) -> Books:
         """Stream until `stop`, then to the end of the session; then compare with its log."""
@@ -141,7 +155,8 @@ class ChaosClient:
 
     async def _until_ended(self) -> None:
         """Raises Final, and TimeoutError when nothing has come for long."""
-        start, pause_s, heard_at = time.monotonic() + self._random.uniform(0, 1 / FPS), 0.05, time.monotonic()
+        pause_s, heard_at = 0.05, time.monotonic()
+        self._start = heard_at + self._random.uniform(0, 1 / self.fps)
         while not self._ended:
             before = len(self.books.told)
             try:
@@ -149,7 +164,7 @@ class ChaosClient:
                     socket = await websockets.connect(self._address(self._last - 1), max_size=None, open_timeout=15)
                 async with socket:
                     self.books.connections += 1
-                    await self._stream(socket, start)
+                    await self._stream(socket)
             except (WebSocketException, OSError, TimeoutError) as error:
                 self._note(f"{type(error).__name__}")
             if self._lost_at is None:
@@ -162,7 +177,7 @@ class ChaosClient:
                 await asyncio.sleep(pause_s * self._random.uniform(0.5, 1.5))
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
-    async def _stream(self, socket: websockets.ClientConnection, start: float) -> None:
+    async def _stream(self, socket: websockets.ClientConnection) -> None:
         """One connection, until either side ends it."""
         after = self._last - 1
         created = await self._receive(socket)
@@ -183,7 +198,7 @@ class ChaosClient:
         else:
             await socket.send(json.dumps({"type": "session.update", "session": self._wishes()}))
         self._lost_at = None
-        sending = asyncio.create_task(self._send(socket, start))
+        sending = asyncio.create_task(self._send(socket))
         seen: set[str] = set()
         try:
             while not self._ended:
@@ -194,10 +209,11 @@ class ChaosClient:
 
     def _wishes(self) -> dict[str, JsonValue]:
         """A random model speaks at every frame or, at the threshold 0, when it is asked only."""
-        video: dict[str, JsonValue] = {"fps": FPS, "drop_policy": "block", "threshold": 0.5 if self._talks else 0.0}
+        threshold = 0.5 if self._talks else 0.0
+        video: dict[str, JsonValue] = {"fps": self.fps, "drop_policy": "block", "threshold": threshold}
         return {"include": ["frame_decided"], "max_output_tokens": 4 if self._talks else 12, "video": video}
 
-    async def _send(self, socket: websockets.ClientConnection, start: float) -> None:
+    async def _send(self, socket: websockets.ClientConnection) -> None:
         for question in sorted(self.books.asked - set(self.books.heard)):
             await self._ask(socket, question)
         while True:
@@ -207,7 +223,7 @@ class ChaosClient:
             if self._ending_at is not None and index >= self._ending_at:
                 await socket.send(json.dumps({"type": "input_video_buffer.end"}))
                 return
-            due = start + index / FPS
+            due = self._start + index / self.fps
             self.books.due.setdefault(index, due)
             await asyncio.sleep(max(0.0, due - time.monotonic()))
             while index - self.books.settled >= IN_FLIGHT:
@@ -216,7 +232,7 @@ class ChaosClient:
             if index % self._ask_every == self._ask_every - 1 and f"q{index}" not in self.books.asked:
                 self.books.asked.add(f"q{index}")
                 await self._ask(socket, f"q{index}")
-            await socket.send(struct.pack(">Bd", 1, index / FPS) + self._picture)
+            await socket.send(struct.pack(">Bd", 1, index / self.fps) + self._picture)
             self._next = index + 1
 
     async def _ask(self, socket: websockets.ClientConnection, question: str) -> None:
@@ -232,7 +248,7 @@ class ChaosClient:
             assert isinstance(error, dict)
             self._note(str(error["code"]))
             if error["code"] == "frame_skipped":
-                self.books.skipped.add(round(_float(error["video_time"]) * FPS))
+                self.books.skipped.add(round(_float(error["video_time"]) * self.fps))
             if error["code"] in FINAL:
                 if self.books.told or self.books.acknowledged:
                     raise Final(error["code"])
@@ -258,7 +274,7 @@ class ChaosClient:
             return
         if kind == "frame_decided":
             index = _number(event["seq"])
-            self.books.disorder += index in self.books.decided or event["video_time"] != index / FPS
+            self.books.disorder += index in self.books.decided or event["video_time"] != index / self.fps
             self.books.decided[index] = time.monotonic()
         elif kind == "conversation.item.added":
             item = event["item"]
@@ -274,7 +290,7 @@ class ChaosClient:
         assert isinstance(frames, dict)
         self.books.dropped = max(self.books.dropped, _number(frames["dropped"]))
         if frames.get("through") is not None:
-            self.books.acknowledged = max(self.books.acknowledged, round(_float(frames["through"]) * FPS) + 1)
+            self.books.acknowledged = max(self.books.acknowledged, round(_float(frames["through"]) * self.fps) + 1)
 
     async def _audit(self) -> None:
         """Ask for the whole log once more: what it holds and was never told is missing, and the reverse is wrong."""

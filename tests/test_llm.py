@@ -13,7 +13,7 @@ from typing import cast
 import pytest
 import torch
 
-from actors import checkpoint
+from actors import checkpoint, llm
 from actors.backends import build_engine
 from actors.bus import Bus, BusConfig, BusError
 from actors.engine import EngineConfig
@@ -219,6 +219,45 @@ async def live_run(live: Live, session_id: str, count: int) -> list[LogEntry]:
         log = await whole_log(bus, session_id)
     await bus.close()
     return log
+
+
+def test_a_replica_that_is_behind_hands_sessions_to_one_that_came_later_and_they_go_on_as_if_nothing_had_happened(
+    live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llm, "BALANCE_S", 1.2)
+    monkeypatch.setattr(llm, "BEHIND", -1)  # whoever holds sessions is behind, so what stops them is the difference
+    names = [f"s{number}" for number in range(6)]
+
+    async def scenario() -> tuple[list[list[LogEntry]], list[dict[str, object]]]:
+        bus = await live.connect()
+        for name in names:
+            await bus.open_session(name, live.loaded.fingerprint, SETTINGS)
+            await bus.send(name, Query(query_id="q", text="Please narrate.", after_seq=-1, time=1.0))
+        async with live.worker("early") as early:
+            await until(lambda: holds(early, len(names)))
+            async with live.worker("late") as late:
+                for part in range(4):
+                    for name in names:
+                        await live.encode(bus, name, 6, start=6 * part)
+                await until(lambda: holds(late, 3))
+                await asyncio.sleep(2)  # it is content with that
+                assert (len(early.held), len(late.held)) == (3, 3)
+                for name in names:
+                    await bus.send(name, End(after_seq=23))
+                logs = [await whole_log(bus, name) for name in names]
+                found = [early.stats(), late.stats()]
+        await bus.close()
+        return logs, found
+
+    async def holds(worker: LLMWorker, count: int) -> bool:
+        return len(worker.held) >= count
+
+    logs, [early, late] = asyncio.run(scenario())
+    assert (early["sessions_moved"], late["sessions_moved"]) == (3, 0)
+    assert early["lost_leases"] == late["lost_leases"] == 0
+    alone = asyncio.run(live_run(live, "alone", 24))
+    for log in logs:
+        same(log, alone)
 
 
 def test_what_a_replica_had_not_written_when_it_lost_a_session_to_itself_is_not_written_later(

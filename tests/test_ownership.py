@@ -44,6 +44,8 @@ class Expected:
 
     epoch: int = 0
     deadline: int = 0
+    heir: int = 0
+    offered_until: int = 0
     ended: bool = False
     written: list[tuple[int, int]] = field(default_factory=list)
     first: int = 0
@@ -88,14 +90,23 @@ class Ownership(RuleBasedStateMachine):
         return self.run(gathered())
 
     def lease(self, replica: int, data: st.DataObject) -> Lease | None:
-        """Any that the replica ever had: what it does with an old one is what must not count."""
-        return data.draw(st.sampled_from(self.leases[replica])) if self.leases[replica] else None
+        """Any that the replica ever had: what it does with an old one is what must not count.
+
+        What is drawn must not depend on who won a race.
+        """
+        had, drawn = self.leases[replica], data.draw(st.integers(0, 99))
+        return had[drawn % len(had)] if had else None
 
     def holds(self, lease: Lease) -> bool:
         return lease.epoch == self.expected[lease.session_id].epoch
 
     def free(self) -> set[str]:
         return {name for name, now in self.expected.items() if not now.ended and now.deadline <= self.time}
+
+    def free_for(self, replica: int) -> set[str]:
+        """Without those offered to another replica."""
+        now = self.expected
+        return {name for name in self.free() if now[name].offered_until <= self.time or now[name].heir == replica}
 
     @rule(ms=st.sampled_from([1, 400, LEASE_MS - 1, LEASE_MS, 30_000]))
     def wait(self, ms: int) -> None:
@@ -111,25 +122,25 @@ class Ownership(RuleBasedStateMachine):
 
     @rule(replica=replicas, limit=st.integers(1, 3))
     def claim(self, replica: int, limit: int) -> None:
-        free = self.free()
+        free = self.free_for(replica)
         found = self.run(self.buses[replica].claim(f"replica-{replica}", "model", 0, limit))
         assert len(found) == min(limit, len(free))
         self.claimed(replica, found, free)
 
     @rule()
     def all_claim_at_once(self) -> None:
-        free = self.free()
-        found = self.together(*(self.buses[replica].claim(f"{replica}", "model", 0, 3) for replica in REPLICAS))
-        assert sorted(lease.session_id for leases in found for lease in leases) == sorted(free)
+        free = [self.free_for(replica) for replica in REPLICAS]
+        found = self.together(*(self.buses[replica].claim(f"replica-{replica}", "model", 0, 3) for replica in REPLICAS))
+        assert sorted(lease.session_id for leases in found for lease in leases) == sorted(set().union(*free))
         for replica, leases in zip(REPLICAS, found, strict=True):
-            self.claimed(replica, leases, free)
+            self.claimed(replica, leases, free[replica])
 
     def claimed(self, replica: int, found: list[Lease], free: set[str]) -> None:
         for lease in found:
             now = self.expected[lease.session_id]
             assert lease.session_id in free
             assert lease.epoch == now.epoch + 1
-            now.epoch, now.deadline = lease.epoch, self.time + LEASE_MS
+            now.epoch, now.deadline, now.offered_until = lease.epoch, self.time + LEASE_MS, 0
         self.leases[replica] += found
 
     @rule(replica=replicas)
@@ -151,6 +162,17 @@ class Ownership(RuleBasedStateMachine):
         if held:
             now = self.expected[lease.session_id]
             now.epoch, now.deadline = now.epoch + 1, 0
+
+    @rule(replica=replicas, heir=replicas, data=st.data())
+    def hand_over(self, replica: int, heir: int, data: st.DataObject) -> None:
+        if (lease := self.lease(replica, data)) is None:
+            return
+        held = self.holds(lease)
+        assert self.run(self.buses[replica].release(lease, f"replica-{heir}")) == held
+        if held:
+            now = self.expected[lease.session_id]
+            now.epoch, now.deadline = now.epoch + 1, 0
+            now.heir, now.offered_until = heir, self.time + LEASE_MS
 
     @rule(replica=replicas, count=st.integers(1, 3), behind=st.integers(-1, 4), data=st.data())
     def append(self, replica: int, count: int, behind: int, data: st.DataObject) -> None:
