@@ -1,4 +1,4 @@
-"""Folders that are written whole or not at all, and the one place for weights derived once.
+"""Files and folders that are written whole or not at all, and the one place for weights derived once.
 
 Converted weights (the embedded LLM, a folded vision encoder) are built on first use and read by every
 process after that. Several processes may start at once and any of them may be killed half-way: a folder
@@ -13,7 +13,8 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -79,6 +80,20 @@ def whole_folder(target: Path) -> Iterator[Path]:
         _flush(target.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def write_whole(path: Path, parts: Iterable[str]) -> None:
+    """Write a text file, in UTF-8, whole or not at all: a reader finds the old one or the new one.
+
+    Exceptions of `parts`, and OSError, leave no trace; a killed process leaves `.NAME.part-...` beside it.
+    """
+    part = path.with_name(f".{path.name}.part-{os.getpid()}-{threading.get_ident()}")
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            file.writelines(parts)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def try_lock(handle: int) -> bool:

@@ -8,12 +8,12 @@ and system prompt are in the fingerprint.
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, ValidationError
 
+from actors.cache import write_whole
 from actors.config import Section
 from actors.parts import CheckpointError
 
@@ -44,14 +44,10 @@ class Calibration(Section):
 
 def write_calibration(folder: Path, calibration: Calibration) -> None:
     """Into a checkpoint's folder, whole or not at all. Raises CheckpointError where that cannot be written."""
-    part = folder / f".{CALIBRATION_FILE}.{os.getpid()}"
     try:
-        part.write_text(calibration.model_dump_json(indent=2) + "\n")
-        part.replace(folder / CALIBRATION_FILE)
+        write_whole(folder / CALIBRATION_FILE, [calibration.model_dump_json(indent=2), "\n"])
     except OSError as error:
         raise CheckpointError(f"the threshold cannot be stored in {folder}: {error}") from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def read_calibration(folder: Path, fingerprint: str) -> Calibration | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import threading
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 
-from actors.cache import cache_folder
+from actors.cache import cache_folder, write_whole
 from actors.config import FrameConfig
 from actors.remote import RemoteError, is_remote, remote_folder
 
@@ -144,9 +143,7 @@ def _file_digest(path: Path) -> str:
         pass  # never noted, or half of it: read the file itself
     value = _read_digest(path)
     note.parent.mkdir(exist_ok=True)
-    part = note.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
-    part.write_text(json.dumps({"key": key, "digest": value}))
-    os.replace(part, note)
+    write_whole(note, [json.dumps({"key": key, "digest": value})])
     return value
 
 

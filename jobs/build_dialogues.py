@@ -16,17 +16,16 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import ray.data
 
-from actors.cache import whole_folder
+from actors.cache import whole_folder, write_whole
 from actors.causal_lm import EMBEDDED, causal_lm_folder
 from actors.config import Config, ConfigError, ModelConfig
 from actors.embedded import EmbeddedModelError
@@ -93,12 +92,12 @@ def build(config: Config) -> Coverage:
         outcomes = sorted(sink.written.outcomes, key=lambda outcome: (*outcome.result.key, outcome.result.source))
         _refuse_repeated([outcome.result for outcome in outcomes])
         coverage = Coverage.of(outcomes)
-        _replace(folder / f"{QUARANTINE}.jsonl", (part.read_text() for part in sorted(quarantine.glob("*.jsonl"))))
+        write_whole(folder / f"{QUARANTINE}.jsonl", (part.read_text() for part in sorted(quarantine.glob("*.jsonl"))))
         if not coverage.dialogues.total():
             reasons = coverage.reasons() or "the annotation files are empty"
             raise ConfigError(f"no dialogue could be built from {len(outcomes)} annotated videos: {reasons}")
         coverage.made_from = provenance | {"sha256": {o.result.source: o.result.sha256 for o in outcomes}}
-        _replace(folder / "coverage.json", [coverage.to_json(), "\n"])
+        write_whole(folder / "coverage.json", [coverage.to_json(), "\n"])
     coverage.report(data.folder)
     return coverage
 
@@ -239,14 +238,6 @@ def _provenance(config: Config) -> dict[str, object]:
         "writer": config.section("writer", WriterConfig).model_dump(mode="json"),
         "system_prompt": config.model.system_prompt,
     }
-
-
-def _replace(path: Path, parts: Iterable[str]) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.part-{os.getpid()}")
-    with temporary.open("w") as file:
-        file.writelines(parts)
-    temporary.replace(path)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ async def run(
                 if time.monotonic() > report.started + 60 * minutes:
                     report.left_out.append(name)
                     continue
-                behind_s = await _keeping_up(clients, tasks)  # one fault at a time
+                behind_s = await keeping_up(clients, tasks)  # one fault at a time
                 if behind_s > BEHIND_S and not report.faults:
                     raise ChaosError(
                         f"without any fault, a session is {behind_s:.1f} s behind after {SETTLE_S:g} s: this machine "
@@ -107,7 +107,7 @@ async def _inject(
     return injected
 
 
-async def _keeping_up(clients: Sequence[ChaosClient], tasks: Sequence[asyncio.Task[Books]]) -> float:
+async def keeping_up(clients: Sequence[ChaosClient], tasks: Sequence[asyncio.Task[Books]]) -> float:
     """Seconds that the slowest session is behind its frames, once that is `BEHIND_S` at most or the time is up."""
     deadline = time.monotonic() + SETTLE_S
     while True:

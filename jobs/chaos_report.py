@@ -207,7 +207,7 @@ class ChaosReport:
         memory.set_ylim(0, 1.1 * max((mb for _, mb in self.memory), default=1.0))
         memory.set_xlabel("seconds (red: a fault)")
         memory.set_ylabel("memory of all processes, MB")
-        title = ", ".join(str(self.machine[key]) for key in ("date", "cpu", "sessions", "seed"))
+        title = "{date}, {cpu}, {sessions} sessions, seed {seed}".format(**self.machine)
         figure.suptitle(f"chaos: {title}", fontsize=10)
         figure.savefig(path, dpi=90)
 

@@ -7,6 +7,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from actors.cache import write_whole
+
 FILE = "encoding.json"
 POINTS = 500  # of the picture: a run of days has as many as one of minutes
 
@@ -65,9 +67,7 @@ class Summary:
             "videos": self.videos,
             "progress": [[round(seconds, 3), frames] for seconds, frames in self.progress],
         }
-        temporary = folder / f".{FILE}"  # one program at a time writes to a store
-        temporary.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-        temporary.replace(folder / FILE)
+        write_whole(folder / FILE, [json.dumps(document, indent=1, ensure_ascii=False), "\n"])
         if self.frames:
             self._plot(folder / "encoding.png")
 

@@ -7,7 +7,6 @@ random. A video's file appears only when all its frames are in it.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -22,7 +21,7 @@ import pyarrow.parquet as pq
 import torch
 from pydantic import Field, ValidationError
 
-from actors.cache import try_lock
+from actors.cache import try_lock, write_whole
 from actors.config import Section
 
 ROWS_PER_GROUP = 64  # what a random slice reads at least: 1.6 MB at 10 tokens of 1280
@@ -90,9 +89,7 @@ class FrameStore:
                 )
             return store
         (path / "videos").mkdir(parents=True, exist_ok=True)
-        temporary = path / f".store.json.{os.getpid()}"
-        temporary.write_text(info.model_dump_json(indent=2) + "\n")
-        temporary.replace(path / "store.json")
+        write_whole(path / "store.json", [info.model_dump_json(indent=2), "\n"])
         return cls(path, info)
 
     def file(self, video_id: str) -> Path:

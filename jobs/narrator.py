@@ -21,6 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from actors.backends import build_engine, load_model
+from actors.cache import write_whole
 from actors.config import Config, ConfigError
 from actors.encoder import EncoderConfig, FrameEncoder
 from actors.engine import EngineConfig
@@ -175,10 +176,7 @@ def write(task: Task, transcript: Transcript) -> None:
     cues = cues_of(transcript.utterances)
     rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in _rows(task.video.name, transcript))
     for suffix, text in zip(TEXT_SUFFIXES, (srt(cues), webvtt(cues), rows), strict=True):
-        file = task.file(suffix)
-        part = file.with_name(f".{file.name}.part")
-        part.write_text(text, encoding="utf-8")
-        part.replace(file)
+        write_whole(task.file(suffix), [text])
 
 
 def _rows(video: str, transcript: Transcript) -> Iterator[dict[str, object]]:

@@ -22,11 +22,13 @@ LESS_IS_BETTER = {"time_diff", "lm_ppl"}
 class Outcome:
     """One objective trained with one seed: `positions` in `seconds` of CPU; `time_diff` in seconds, of `dialogues`.
 
+    It speaks where P(silent) is below `threshold`, which other dialogues have chosen.
     `left_out` training dialogues say nothing.
     """
 
     objective: Objective
     seed: int
+    threshold: float
     time_diff: float | None
     fluency: float | None
     lm_ppl: float | None
@@ -41,6 +43,7 @@ class Outcome:
     def line(self) -> str:
         """For the log."""
         metrics = " ".join(f"{name}={_cell(_known([getattr(self, name)]))}" for name in METRICS)
+        metrics += f" threshold={self.threshold:g}"
         return f"objective={self.objective} seed={self.seed} {metrics} cpu_s={self.seconds:.0f}"
 
 
@@ -55,7 +58,6 @@ class ObjectivesReport:
     data: str
     batch: int
     stream_weight: float
-    threshold: float
     outcomes: list[Outcome]
 
     def values(self, objective: Objective, metric: str) -> list[float]:
@@ -89,16 +91,18 @@ class ObjectivesReport:
             "",
             f"{self.model} from `{self.start}`, {self.steps} steps of {self.batch} dialogues of `{self.data}`, "
             f"decisions at frames weighted {self.stream_weight:g} times, {seeds} seeds; "
-            f"{max(one.dialogues for one in self.outcomes)} validation dialogues, teacher-forced, strict, threshold "
-            f"{self.threshold:g}; {max(one.left_out for one in self.outcomes)} training dialogues in which nothing is "
-            f"said left out; {self.processor}",
+            f"{max(one.dialogues for one in self.outcomes)} validation dialogues, teacher-forced, strict, each model "
+            "at the threshold that is best on as many others; "
+            f"{max(one.left_out for one in self.outcomes)} training dialogues in which nothing is said left out; "
+            f"{self.processor}",
             "",
-            "| | " + " | ".join(METRICS.values()) + " | positions | CPU s | replies |",
-            "|---" * (len(METRICS) + 4) + "|",
+            "| | " + " | ".join(METRICS.values()) + " | thresholds | positions | CPU s | replies |",
+            "|---" * (len(METRICS) + 5) + "|",
         ]
         for objective in self.objectives:
             runs = [one for one in self.outcomes if one.objective == objective]
             cells = [_cell(self.values(objective, metric)) for metric in METRICS]
+            cells.append(", ".join(f"{one.threshold:g}" for one in runs))
             cells += [f"{fmean(one.positions for one in runs):.0f}", f"{fmean(one.seconds for one in runs):.0f}"]
             replies: dict[str, int] = {}
             for one in runs:

@@ -6,7 +6,6 @@ beside and renamed. A folder is complete when its last file is there.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path, PurePosixPath
 
 import pyarrow.fs
@@ -14,6 +13,7 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.arrow import ArrowFSWrapper
 from fsspec.implementations.local import LocalFileSystem
 
+from actors.cache import write_whole
 from actors.remote import file_system, is_remote
 
 
@@ -48,9 +48,7 @@ class RunFolder:
         """The whole file at once: a reader sees the old or the new one."""
         self._make_parent(name)
         if not self.remote:
-            part = Path(f"{self._at(name)}.part")
-            part.write_text(text)
-            os.replace(part, self._at(name))
+            write_whole(Path(self._at(name)), [text])
             return
         with self.files.open(self._at(name), "wb") as file:
             file.write(text.encode())

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Literal, Protocol
 
 from pydantic import Field
 
+from actors.cache import write_whole
 from actors.config import Section
 
 logger = logging.getLogger(__name__)
@@ -111,10 +111,8 @@ class KeptTexts:
     def _keep(self, request: Request, text: Text) -> None:
         file = self._file(request)
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f".{file.name}.{os.getpid()}")
         kept = {"writer": self.name, "prompt": request.prompt} | asdict(text)
-        temporary.write_text(json.dumps(kept, ensure_ascii=False, indent=1) + "\n")
-        temporary.replace(file)
+        write_whole(file, [json.dumps(kept, ensure_ascii=False, indent=1), "\n"])
 
     def _kept(self, request: Request) -> Text:
         kept = json.loads(self._file(request).read_text())

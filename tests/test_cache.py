@@ -3,11 +3,12 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from actors.cache import CacheError, build_once, cache_folder, whole_folder
+from actors.cache import CacheError, build_once, cache_folder, whole_folder, write_whole
 
 SLOW_BUILD = """
 import pathlib, sys, time
@@ -103,3 +104,16 @@ def write_half(target: Path) -> None:
     with whole_folder(target) as part:
         (part / "newest").touch()
         raise RuntimeError("interrupted")
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    def broken() -> Iterator[str]:
+        yield "half "
+        raise ValueError("no more")
+
+    file = tmp_path / "told.txt"
+    write_whole(file, ["gräm", "mar\n"])
+    with pytest.raises(ValueError, match="no more"):
+        write_whole(file, broken())
+    assert file.read_bytes() == "grämmar\n".encode()
+    assert [path.name for path in tmp_path.iterdir()] == ["told.txt"]

@@ -29,7 +29,7 @@ from live_client import picture
 from actors.bus import Bus, BusConfig, BusError
 from actors.messages import FrameSkipped, LogEntry, SessionSettings
 from actors.redis_server import RedisServer
-from jobs import chaos_faults
+from jobs import chaos, chaos_faults
 from jobs.chaos import _inject, main
 from jobs.chaos_application import DURABLE, WITH_PROGRAM, ChaosError
 from jobs.chaos_application import Application as ChaosApplication
@@ -348,6 +348,31 @@ def test_a_client_that_was_away_for_long_sends_no_more_than_a_gateway_keeps(
     assert books.sound, books
     assert books.dropped == 0
     assert len(books.decided) > 120
+
+
+def test_chaos_waits_for_all_that_stream_and_a_machine_too_slow_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chaos, "SETTLE_S", 0.0)
+    quick, slow = (ChaosClient("http://nowhere", b"", 0, False, asyncio.Event(), fps=2) for _ in range(2))
+    quick._start = slow._start = time.monotonic() - 100
+    quick.books.decided = dict.fromkeys(range(199), 0.0)
+    slow.books.decided = dict.fromkeys(range(100), 0.0)
+    slow.books.dropped = 20
+    assert quick.behind_s == pytest.approx(0.5, abs=1)
+    assert slow.behind_s == pytest.approx(40, abs=1)
+
+    async def ended() -> Books:
+        return Books()
+
+    async def scenario() -> tuple[float, float]:
+        running, over = asyncio.create_task(asyncio.sleep(60, Books())), asyncio.create_task(ended())
+        await asyncio.wait([over])
+        found = await chaos.keeping_up([quick, slow], [running, running])
+        without = await chaos.keeping_up([quick, slow], [running, over])
+        running.cancel()
+        return found, without
+
+    found, without = asyncio.run(scenario())
+    assert found > chaos.BEHIND_S > without
 
 
 def test_a_report_tells_for_how_long_clients_were_away_after_each_fault() -> None:

@@ -66,8 +66,8 @@ def test_a_frame_at_the_end_is_decided_there(template: Template) -> None:
 def test_all_objectives_are_trained_and_graded(tiny_configs: dict[str, ModelConfig], tmp_path: Path) -> None:
     model = untrained_config(tiny_configs["live1plus"])
     fingerprint = checkpoint.untrained(model).features
-    write_store(tmp_path / "tokens", model.frames, ["ab", "abcd", "abcdef"], fingerprint)
-    for split, videos in (("train", ["ab", "abcd"]), ("validation", ["abcdef"])):
+    write_store(tmp_path / "tokens", model.frames, ["ab", "abcd", "abcdef", "badc"], fingerprint)
+    for split, videos in (("train", ["ab", "abcd"]), ("validation", ["badc", "abcdef"])):
         (tmp_path / "dialogues").mkdir(exist_ok=True)
         silent = narrated("ab").model_copy(update={"conversation": (Stream(num_frames=10, learn=True),)})
         said = [narrated(video) for video in videos]
@@ -99,7 +99,7 @@ def test_all_objectives_are_trained_and_graded(tiny_configs: dict[str, ModelConf
 
 
 def outcome(objective: Objective, seed: int, time_diff: float | None) -> Outcome:
-    return Outcome(objective, seed, time_diff, 0.5, None, 0.5, {"late": 2}, 3, 0, 100, 1.5, [2.0, 1.0])
+    return Outcome(objective, seed, 0.5, time_diff, 0.5, None, 0.5, {"late": 2}, 3, 0, 100, 1.5, [2.0, 1.0])
 
 
 def test_a_win_needs_both_values_and_may_be_counted_before_all_are_trained(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_a_win_needs_both_values_and_may_be_counted_before_all_are_trained(tmp_p
         outcome("streaming", 1, 1.0),
         outcome("per_frame", 2, 9.0),
     ]
-    report = ObjectivesReport("2026-01-02", "a processor", "m", "s", "d", 4, 3, 0.5, found)
+    report = ObjectivesReport("2026-01-02", "a processor", "m", "s", "d", 4, 3, found)
     assert report.wins("time_diff") == {"per_frame": 1, "interleaved": 0}
     assert report.wins("fluency") == {"per_frame": 0, "interleaved": 0}
     assert "| streaming | 1 ± 0 | 0.5 ± 0 | none | 0.5 ± 0 |" in report.table()

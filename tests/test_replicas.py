@@ -13,7 +13,7 @@ from actors import replicas, scripts
 from actors.bus import Bus
 from actors.messages import FramesDecided, QueryConsumed, ResponseEnded, ResponseStarted, ResponseTokens
 from actors.meters import LLMMeters, Meters, counter, counters
-from actors.replicas import ReplicaReport, Reporter
+from actors.replicas import LLMLoad, ReplicaReport, Reporter, least_loaded
 
 pytestmark = pytest.mark.anyio
 
@@ -93,6 +93,18 @@ async def test_a_reporter_tells_each_step_once_and_retires(bus: Bus) -> None:
         assert "videollm_process_resident_memory_bytes" in found
         assert await bus.steps() == {"llm": [list(step) for step in timeline]}
     assert await bus.reports() == []
+
+
+def test_work_goes_to_the_fewest_sessions_of_those_that_keep_up_and_have_room() -> None:
+    def llm(name: str, sessions: int, room: int = 8, waiting: int = 0, **other: str) -> ReplicaReport:
+        stats = {"sessions": sessions, "room": room, "waiting_frames": waiting}
+        return report_of(name).model_copy(update={"stats": stats, **other})
+
+    few, more = llm("few", 1), llm("more", 5)
+    beside = [llm("itself", 0), llm("full", 0, room=0), llm("slow", 0, waiting=1), llm("other model", 0, model="n")]
+    found = least_loaded("itself", "m", [*beside, report_of("silent"), report_of("gateway", "gateway"), more, few])
+    assert found == LLMLoad("few", 1, 8, 0)
+    assert least_loaded("itself", "m", beside) is None
 
 
 def test_a_decision_is_timed_from_the_frames_arrival_at_the_llm() -> None:
