@@ -25,7 +25,7 @@ help:
 	@echo 'make test               the fast tests'
 	@echo 'make test-slow          the tests with Ray clusters and the embedded models'
 	@echo 'make cluster-test       every job on a Ray cluster of two network namespaces (as root)'
-	@echo 'make chaos [SEED=0] [SESSIONS=50] [FPS=2]  kill and starve the real application, and check what its clients saw'
+	@echo 'make chaos [SEED=0] [SESSIONS=50] [FPS=0.5]  kill and starve the real application, and check what its clients saw'
 	@echo 'make soak [HOURS=4]     the same application for hours: does anything grow?'
 	@echo 'make lint               formatting, lint, types and import rules'
 	@echo 'Set PYTHON to choose the interpreter (3.11 or 3.12) for the environment in $(VENV).'

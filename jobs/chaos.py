@@ -26,7 +26,7 @@ from actors.redis_server import RedisServerError
 from actors.tasks import end_all
 from actors.video import encode_jpeg
 from jobs.chaos_application import Application, ChaosError, end_in_order_on_signal, tiny_settings
-from jobs.chaos_client import FPS, Books, ChaosClient
+from jobs.chaos_client import Books, ChaosClient
 from jobs.chaos_faults import FAULTS, OVERLOAD_S, lose_data
 from jobs.chaos_report import ChaosReport, Injected, books_of, machine
 from jobs.process_usage import UsageSampler
@@ -165,12 +165,21 @@ def picture() -> bytes:
     return encode_jpeg(np.random.default_rng(0).integers(0, 255, (8, 8, 3), np.uint8).repeat(8, 0).repeat(8, 1))
 
 
+def frame_rate(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 30:
+        raise argparse.ArgumentTypeError(f"{text} frames a second, expected more than 0 and at most 30")
+    return value
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 1 when a promise was broken or the application does not run."""
     parser = argparse.ArgumentParser(prog="python -m jobs.chaos", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sessions", type=int, default=50)
-    parser.add_argument("--fps", type=float, default=FPS, help="frames a second of each session (default %(default)g)")
+    parser.add_argument(
+        "--fps", type=frame_rate, default=0.5, help="frames a second of each session (default %(default)g)"
+    )
     parser.add_argument("--replicas", type=int, default=2, help="of gateway, encoder and LLM each")
     parser.add_argument("--faults", nargs="+", choices=list(FAULTS), default=list(FAULTS), metavar="FAULT")
     parser.add_argument("--minutes", type=float, default=60.0, help="after which no further fault is injected")

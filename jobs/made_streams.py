@@ -59,7 +59,13 @@ class StreamMaker:
         self.by_name = [(material.thing_names == name).nonzero()[:, 0] for name in range(len(classifier.names))]
 
     def make(
-        self, seed: int, length: int, quiet: float = 0.12, gap: tuple[int, int] = (2, 16), haunted: float = 0
+        self,
+        seed: int,
+        length: int,
+        quiet: float = 0.12,
+        gap: tuple[int, int] = (2, 16),
+        haunted: float = 0,
+        stay: tuple[int, int] = (4, 20),
     ) -> Made:
         """A stream of `length` frames; `quiet` is the share of streams in which nothing comes.
 
@@ -68,12 +74,12 @@ class StreamMaker:
         the share of places that look like one of the ELUSIVE; nothing is ever said of these where it is not 0.
         """
         if self.material.drawn is not None:
-            return self._mixed(seed, length, quiet, gap, haunted)
+            return self._mixed(seed, length, quiet, gap, haunted, stay)
         random = np.random.default_rng(seed)
         torch_random = torch.Generator().manual_seed(seed)
         fields, allowed = self._background(random, length)
         if random.random() >= quiet:
-            for start, stop, cut in self._schedule(random, length, gap):
+            for start, stop, cut in self._schedule(random, length, gap, stay):
                 if cut:
                     rest, names = self._background(random, length - start)
                     fields[start:], allowed[start:] = rest, names
@@ -88,7 +94,9 @@ class StreamMaker:
         seen = [self.classifier.names[p] if s >= SURE and p >= 0 else None for s, p in zip(sure, place, strict=True)]
         return Made(tokens.half(), [_agreed(name, names) for name, names in zip(seen, allowed, strict=True)])
 
-    def _mixed(self, seed: int, length: int, quiet: float, gap: tuple[int, int], haunted: float) -> Made:
+    def _mixed(
+        self, seed: int, length: int, quiet: float, gap: tuple[int, int], haunted: float, stay: tuple[int, int]
+    ) -> Made:
         random = np.random.default_rng(seed)
         torch_random = torch.Generator().manual_seed(seed)
         fields, allowed = self._background(random, length)
@@ -97,7 +105,7 @@ class StreamMaker:
         decided = list[str | None]([None] * length)
         put = list[tuple[int, int, str]]()
         before = 0
-        for start, stop, cut in self._schedule(random, length, gap) if random.random() >= quiet else ():
+        for start, stop, cut in self._schedule(random, length, gap, stay) if random.random() >= quiet else ():
             if random.random() < DRAWN:
                 self._draw(fields, allowed, decided, (before if not cut else start, start, stop), random)
                 if haunted:
@@ -207,11 +215,13 @@ class StreamMaker:
             names += [set(self.material.clip_names[number])] * count
         return torch.cat(fields), names
 
-    def _schedule(self, random: np.random.Generator, length: int, gap: tuple[int, int]) -> list[tuple[int, int, bool]]:
+    def _schedule(
+        self, random: np.random.Generator, length: int, gap: tuple[int, int], stay: tuple[int, int]
+    ) -> list[tuple[int, int, bool]]:
         """When things are there, [start, stop), and whether they come with a cut."""
         stays, at = [], int(random.integers(0, 10))
         while at < length - 2:
-            stop = min(length, at + int(random.integers(4, 20)))
+            stop = min(length, at + int(random.integers(*stay)))
             stays.append((at, stop, random.random() < 0.5))
             at = stop + (0 if random.random() < 0.3 else int(random.integers(*gap)))
         return stays

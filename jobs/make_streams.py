@@ -57,11 +57,13 @@ class StreamSet(Section):
     streams: int = Field(ge=1)
     frames: tuple[int, int] = Field(description="shortest and longest, at 2 a second")
     gap: tuple[int, int] = Field(default=(2, 16), description="frames without a thing between two of them")
+    stay: tuple[int, int] = Field(default=(4, 20), description="frames for which a thing is there")
     quiet: float = Field(default=0.12, ge=0, le=1, description="share of the streams in which nothing comes")
     haunted: float = Field(
         default=0, ge=0, le=1, description="share of the places that look like a bee, say, and are none"
     )
     curious: bool = Field(default=False, description="somebody asks in every stream, most often soon after a change")
+    narrated: bool = Field(default=False, description="every stream is narrated, and nobody asks anything else")
 
 
 class StreamsConfig(Section):
@@ -225,13 +227,15 @@ def _make_set(
     with store.locked():
         for seed in tqdm(range(first, first + wanted.streams), desc=name, disable=not sys.stderr.isatty()):
             chance = random.Random(seed)
-            made = maker.make(seed, chance.randint(*wanted.frames), wanted.quiet, wanted.gap, wanted.haunted)
+            made = maker.make(
+                seed, chance.randint(*wanted.frames), wanted.quiet, wanted.gap, wanted.haunted, wanted.stay
+            )
             video = f"{name}-{seed - first:05d}"
             length = len(made.shown)
             with store.writer(video, "made up") as writer:
                 writer.append([frame / FPS for frame in range(length)], made.tokens.contiguous())
                 writer.commit()
-            talk = Talk(chance, nameable, curious=wanted.curious)
+            talk = Talk(chance, nameable, curious=wanted.curious, narrated=wanted.narrated)
             turns = talk.conversation(made.shown, DEFAULT_SYSTEM_PROMPT)
             dialogue = Dialogue(
                 dialogue_id=video,

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import copy
 import logging
+import multiprocessing
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Annotated
 
 from pydantic import Field
@@ -56,13 +58,13 @@ class ObjectivesConfig(Section):
     thresholds: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(
         default=THRESHOLDS, min_length=1, description="of P(silent), below which it speaks: each model has its best"
     )
+    processes: int = Field(default=1, ge=1, description="runs at a time, of `training.threads` each")
     folder: str = Field(default="benchmarks", description="where the result goes")
 
 
 def compare(config: Config) -> ObjectivesReport:
-    """Train and grade everything; what is done so far is saved each time."""
+    """Train and grade everything, `processes` at a time; what is done so far is saved each time."""
     settings, training = config.section("objectives", ObjectivesConfig), config.section("training", TrainingConfig)
-    limit_threads(training.threads)
     report = ObjectivesReport(
         date=time.strftime("%Y-%m-%d"),
         processor=cpu_name(),
@@ -73,11 +75,19 @@ def compare(config: Config) -> ObjectivesReport:
         stream_weight=config.model.stream_loss_weight,
         outcomes=[],
     )
-    for seed in settings.seeds:
-        for objective in OBJECTIVES:
-            report.outcomes.append(train_and_grade(_of(config, objective, seed), settings))
-            logger.info("%s", report.outcomes[-1].line())
-            report.save(settings.folder)
+    wanted = [(objective, seed) for seed in settings.seeds for objective in OBJECTIVES]
+    spawn = multiprocessing.get_context("spawn")  # a forked process would share this one's threads
+    with ProcessPoolExecutor(settings.processes, spawn) as pool:
+        runs = [pool.submit(train_and_grade, _of(config, *one), settings) for one in wanted]
+        try:
+            for done in as_completed(runs):
+                outcome = done.result()
+                logger.info("%s", outcome.line())
+                report.outcomes.append(outcome)
+                report.outcomes.sort(key=lambda one: (one.seed, OBJECTIVES.index(one.objective)))
+                report.save(settings.folder)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
     print(report.table())
     return report
 
@@ -85,6 +95,7 @@ def compare(config: Config) -> ObjectivesReport:
 def train_and_grade(config: Config, settings: ObjectivesConfig) -> Outcome:
     """One objective with one seed, in this process. Raises DatasetError where a graded video is trained on."""
     training = config.section("training", TrainingConfig)
+    limit_threads(training.threads)
     loaded = start(config.model, training, "cpu")
     data = load_data(config, loaded.template)
     check_held_out(config, data)

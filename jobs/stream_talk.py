@@ -108,11 +108,15 @@ def answer_is_there(view: View, name: str) -> str:
 
 @dataclass
 class Talk:
-    """A conversation over a stream, written frame by frame; `seed` decides who asks what and when."""
+    """A conversation over a stream, written frame by frame; `random` decides who asks what and when.
+
+    When `narrated`, somebody asks for narration before the first frame, and nothing else is asked.
+    """
 
     random: Random
     names: Sequence[str]
     curious: bool = False
+    narrated: bool = False
     view: View = field(default_factory=View)
     watched: str | None = None
 
@@ -122,7 +126,9 @@ class Talk:
 
     def _turns(self, shown: Sequence[str | None]) -> Iterator[Turn]:
         yield from self._opening(shown)
-        asked = self._curious_frames(shown) if self.curious else self._question_frames(len(shown))
+        asked = set[int]()
+        if not self.narrated:
+            asked = self._curious_frames(shown) if self.curious else self._question_frames(len(shown))
         waiting = 0
         for frame, name in enumerate(shown):
             waiting += 1
@@ -142,6 +148,10 @@ class Talk:
 
     def _opening(self, shown: Sequence[str | None]) -> Iterator[Turn]:
         """What stands before the first frame: nothing, an instruction, or what a cut context remembers."""
+        if self.narrated:
+            yield User(content=self.random.choice(NARRATE))
+            yield Assistant(content=AGREED, learn=True)
+            return
         kind = self.random.random()
         remembered = " ".join(self._remembered()) if self.random.random() < 0.2 else ""
         if kind < 0.3:

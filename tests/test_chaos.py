@@ -445,7 +445,18 @@ def test_every_replica_may_be_killed_once(
     settings.write_text(yaml.safe_dump({"model": tiny}))
     faults = ["llm killed", "encoder killed", "gateway killed", "redis crashed"]
     status = main(
-        ["--sessions", "4", "--settings", str(settings), "--save", str(tmp_path / "report"), "--faults", *faults]
+        [
+            "--sessions",
+            "4",
+            "--fps",
+            "2",
+            "--settings",
+            str(settings),
+            "--save",
+            str(tmp_path / "report"),
+            "--faults",
+            *faults,
+        ]
     )
     said = capsys.readouterr().out
     report = json.loads((tmp_path / "report.json").read_text())

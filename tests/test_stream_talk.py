@@ -99,3 +99,18 @@ def test_a_watcher_is_told_of_nothing_else(seed: int) -> None:
         if isinstance(turn, Assistant) and isinstance(before, Stream):
             assert turn.content.endswith("is here now.")
         before = turn
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_stream_that_is_narrated_has_one_request_before_it_and_a_sentence_for_every_event(seed: int) -> None:
+    shown = [None, "cat", "cat", None, None, "dog", "dog", "dog", "cat", "cat"]
+    turns = Talk(Random(seed), NAMES, narrated=True).conversation(shown, "system")
+    assert [turn.content for turn in turns if isinstance(turn, User)] == [turns[1].content]
+    assert turns[1].content in NARRATE
+    assert [turn.content for turn in turns if isinstance(turn, Assistant)] == [
+        "All right.",
+        "A cat comes into view.",
+        "The cat is gone.",
+        "A dog comes into view.",
+        "The cat is back.",
+    ]
