@@ -34,6 +34,7 @@ from serve.client_events import ClientError, DropPolicy, SessionPatch
 from serve.counts import Counts, NotedCounts, Outcome
 from serve.frame_buffer import FrameBuffer
 from serve.keys import LOCAL
+from serve.limits import TokenBucket
 from serve.metrics import GatewayMeters
 from serve.preferences import Preferences, patched, shown
 from serve.recording import Asked, Changed, Finished, Interrupted, Opened, Recorder
@@ -62,8 +63,9 @@ class Conversation:
 
     `counts` are this session's, `totals` the gateway's. `bulk` marks recorded video, which
     encoders take after live frames. `max_live` bounds undecided frames where the newest wins: all the
-    credits would be seconds of lag. `resumable` says that the session outlives the connection. `record` is the
-    folder of recordings (recording.py).
+    credits would be seconds of lag. Such video is taken at `live_speed` times its fps at most, on average, so that
+    what comes faster than time goes by takes nothing from others. `resumable` says that the session outlives the
+    connection. `record` is the folder of recordings (recording.py).
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Conversation:
         *,
         max_waiting: int,
         max_live: int,
+        live_speed: float,
         bulk: bool = False,
         client: str = LOCAL,
         record: Path | None = None,
@@ -95,6 +98,8 @@ class Conversation:
         self._totals = totals
         self._meters = meters
         self._max_live = max_live
+        self._live_speed = live_speed
+        self._pace: TokenBucket | None = None
         self._bulk = bulk
         self._frames = FrameBuffer("block" if bulk else "latest", max_waiting, self._dropped)
         self._received_at: dict[int, float] = {}
@@ -282,7 +287,7 @@ class Conversation:
             return
         frame = self._frames.take()
         seq = None
-        if self.drop_policy == "block" or self.counts.admitted - self._next_undecided < self._max_live:
+        if self.drop_policy == "block" or self._may_admit_live():
             noted = self._noted(frame.time)
             seq = await self._bus.admit_frame(
                 self.id, frame.time, frame.image, bulk=self._bulk, connection=self._connection, counts=noted
@@ -299,6 +304,14 @@ class Conversation:
         # The decision may overtake the answer to the admission when this process was busy.
         if seq >= self._next_undecided:
             self._received_at[seq] = frame.received
+
+    def _may_admit_live(self) -> bool:
+        per_s = self._live_speed * self.settings.fps
+        if self._pace is None or self._pace.per_s != per_s:
+            self._pace = TokenBucket(per_s, self._max_live)
+        if self.counts.admitted - self._next_undecided >= self._max_live:
+            return False
+        return self._pace.take() or (self._finishing and not self._frames)  # the last one need not wait
 
     async def placed(self) -> bool:
         """Whether an LLM replica holds the session, or none needs to any more."""

@@ -44,10 +44,10 @@ class ServeConfig(Section):
 
     `num_cpus` of a deployment is what Ray reserves for one replica, not what it may use: threads
     are set by the sections of encoder and engine. `max_live_frames` of a session are undecided at most
-    where the newest frame wins, `max_waiting_frames` wait in the gateway where none is dropped. With
-    `max_encoders` or `max_llms` their number follows the load (`scaling`), from `encoders` and `llms` up.
-    A session that no LLM has taken within `admission_timeout_s` is refused; as long as fewer LLMs are there than
-    `max_llms`, it waits for the next one to start, `start_timeout_s` at most.
+    where the newest frame wins, and of such video `live_speed` times its fps is taken; `max_waiting_frames` wait in the
+    gateway where none is dropped. With `max_encoders` or `max_llms` their number follows the load (`scaling`), from
+    `encoders` and `llms` up. A session that no LLM has taken within `admission_timeout_s` is refused; as long as fewer
+    LLMs are there than `max_llms`, it waits for the next one to start, `start_timeout_s` at most.
     `prompt` is asked for a client that wants a response without having asked anything. `record` is a folder
     into which all sessions are recorded.
     """
@@ -67,6 +67,7 @@ class ServeConfig(Section):
     llm_gpus: float = Field(default=0.0, ge=0)
     max_waiting_frames: int = Field(default=64, ge=1)
     max_live_frames: int = Field(default=8, ge=1)
+    live_speed: float = Field(default=2.0, ge=1)
     admission_timeout_s: float = Field(default=20.0, gt=0)
     start_timeout_s: float = Field(default=120.0, gt=0)
     status_interval_s: float = Field(default=1.0, gt=0)
@@ -143,6 +144,7 @@ class Gateway:
             self.meters,
             max_waiting=self.config.max_waiting_frames,
             max_live=self.config.max_live_frames,
+            live_speed=self.config.live_speed,
             bulk=bulk,
             client=client,
             record=Path(self.config.record) if self.config.record else None,

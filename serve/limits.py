@@ -55,7 +55,7 @@ class TokenBucket:
     """Lets `per_s` things a second through, and up to `burst` at once after a pause."""
 
     def __init__(self, per_s: float, burst: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._per_s = per_s
+        self.per_s = per_s
         self._burst = burst
         self._clock = clock
         self._tokens = float(burst)
@@ -64,7 +64,7 @@ class TokenBucket:
     def take(self) -> bool:
         """Whether one more may pass now."""
         now = self._clock()
-        self._tokens = min(self._burst, self._tokens + (now - self._at) * self._per_s)
+        self._tokens = min(self._burst, self._tokens + (now - self._at) * self.per_s)
         self._at = now
         if self._tokens < 1:
             return False
@@ -74,4 +74,4 @@ class TokenBucket:
     @property
     def wait_s(self) -> float:
         """Seconds until the next may pass."""
-        return max(0.0, (1 - self._tokens) / self._per_s)
+        return max(0.0, (1 - self._tokens) / self.per_s)

@@ -188,6 +188,18 @@ def test_with_latest_the_newest_frame_wins_and_the_rest_is_counted(tiny: dict[st
     assert [seq for seq, _ in client.decided()] == list(range(frames.decided))
 
 
+def test_with_latest_video_that_comes_faster_than_time_goes_by_is_thinned(
+    tiny: dict[str, object], redis_url: str
+) -> None:
+    with application(tiny, redis_url, max_live_frames=4) as url, live(url) as client:
+        client.configure(max_output_tokens=4, video={"fps": 0.001})
+        for index in range(50):
+            client.frame(index)
+        frames = client.end().frames
+    assert (frames.received, frames.decided, frames.dropped) == (50, 4 + 1, 45)  # at once, and the last at the end
+    assert client.decided()[-1][1] == 49
+
+
 def test_with_block_a_flood_is_refused_frame_by_frame(tiny: dict[str, object], redis_url: str) -> None:
     with application(tiny, redis_url, max_waiting_frames=2, credits=1) as url, live(url) as client:
         client.configure(max_output_tokens=40, video={"drop_policy": "block"})
