@@ -25,7 +25,11 @@ class PerFrameForward:
     template: Template
 
     def __call__(self, input_ids: Tensor, frames: Tensor, positions: Tensor) -> Tensor:
-        """Logits (P, V) for streaming ids (T,); at frames the scores of silence and stock reply are exchanged."""
+        """Logits (P, V) for streaming ids (T,); at frames the scores of silence and stock reply are exchanged.
+
+        A decision and the first word of an answer are one place here. An answer is given where the decision was
+        to speak, so its first word is not the stock reply's.
+        """
         read = self.read(input_ids.tolist())
         asked = positions.tolist()
         places = torch.tensor([read.decided.get(position, read.place[position]) for position in asked])
@@ -34,6 +38,8 @@ class PerFrameForward:
         rows = torch.tensor([row for row, position in enumerate(asked) if position in read.decided], dtype=torch.long)
         silence, stock = self.template.silence_id, self._ids(" " + STOCK_REPLY)[0]
         logits[rows[:, None], torch.tensor([silence, stock])] = logits[rows[:, None], torch.tensor([stock, silence])]
+        answers = [p not in read.decided and read.place[p] in read.decided.values() for p in asked]
+        logits[torch.tensor(answers), stock] = -torch.inf
         return logits
 
     def read(self, streaming: list[int]) -> Read:

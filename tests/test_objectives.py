@@ -12,7 +12,7 @@ from training_data import narrated, untrained_config, write_store
 from actors import checkpoint
 from actors.config import Config, ModelConfig
 from actors.dialogue import Stream, Template
-from actors.objective import Objective, taught
+from actors.objective import STOCK_REPLY, Objective, taught
 from jobs.dataset import DatasetError
 from jobs.dialogue_files import to_line
 from jobs.objectives import compare
@@ -61,6 +61,26 @@ def test_a_frame_at_the_end_is_decided_there(template: Template) -> None:
     read = PerFrameForward(_Seen(), template).read([7, *frame])
     assert read.decided == {len(frame): len(read.ids) - 1}
     assert template.decode(read.ids).endswith("]\nAssistant:")
+
+
+def test_whoever_speaks_does_not_begin_with_the_stock_reply(template: Template) -> None:
+    def stock_is_likeliest(input_ids: torch.Tensor, frames: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        logits = torch.zeros(len(positions), template.frame_id)
+        logits[:, stock] = 3.0
+        return logits
+
+    forward = PerFrameForward(stock_is_likeliest, template)
+    [stock, *_] = forward._ids(" " + STOCK_REPLY)
+    streaming = template.render(narrated("abcd").conversation)
+    decided = forward.read(streaming.input_ids).decided
+    begin = [i for i, inside in enumerate(streaming.in_answer) if inside and not streaming.in_answer[i - 1]]
+    positions = torch.tensor([*decided, *(first - 1 for first in begin)])
+    logits = forward(torch.tensor(streaming.input_ids), torch.zeros(0), positions)
+    at_frames, at_answers = logits[: len(decided)], logits[len(decided) :]
+    assert (at_frames[:, template.silence_id] == 3.0).all()
+    spoken_at_a_frame = at_answers[:, stock] == -torch.inf
+    assert spoken_at_a_frame.any()
+    assert (at_answers[~spoken_at_a_frame, stock] == 3.0).all()  # to a question: no decision was due
 
 
 def test_all_objectives_are_trained_and_graded(tiny_configs: dict[str, ModelConfig], tmp_path: Path) -> None:
