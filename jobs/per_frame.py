@@ -38,8 +38,9 @@ class PerFrameForward:
         rows = torch.tensor([row for row, position in enumerate(asked) if position in read.decided], dtype=torch.long)
         silence, stock = self.template.silence_id, self._ids(" " + STOCK_REPLY)[0]
         logits[rows[:, None], torch.tensor([silence, stock])] = logits[rows[:, None], torch.tensor([stock, silence])]
-        answers = [p not in read.decided and read.place[p] in read.decided.values() for p in asked]
-        logits[torch.tensor(answers), stock] = -torch.inf
+        begin = set(read.decided.values())
+        answers = [position not in read.decided and read.place[position] in begin for position in asked]
+        logits[torch.tensor(answers, dtype=torch.bool), stock] = -torch.inf
         return logits
 
     def read(self, streaming: list[int]) -> Read:
