@@ -64,7 +64,7 @@ class FrameStore:
         if not file.is_file():
             raise StoreError(f"{path} is no frame-token store (it has no store.json): run jobs.encode_frames")
         try:
-            info = StoreInfo.model_validate_json(file.read_text())
+            info = StoreInfo.model_validate_json(file.read_text(encoding="utf-8"))
         except ValidationError as error:
             raise StoreError(f"{file} does not describe a frame-token store of version 1: {error}") from None
         if expect_fingerprint is not None and info.fingerprint != expect_fingerprint:

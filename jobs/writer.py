@@ -115,7 +115,7 @@ class KeptTexts:
         write_whole(file, [json.dumps(kept, ensure_ascii=False, indent=1), "\n"])
 
     def _kept(self, request: Request) -> Text:
-        kept = json.loads(self._file(request).read_text())
+        kept = json.loads(self._file(request).read_text(encoding="utf-8"))
         return Text(kept["words"], kept["problem"])
 
 
