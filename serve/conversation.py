@@ -308,7 +308,7 @@ class Conversation:
     def _may_admit_live(self) -> bool:
         per_s = self._live_speed * self.settings.fps
         if self._pace is None or self._pace.per_s != per_s:
-            self._pace = TokenBucket(per_s, self._max_live)
+            self._pace = TokenBucket(per_s, self._max_live, first=2)  # more only to make up for a pause
         if self.counts.admitted - self._next_undecided >= self._max_live:
             return False
         return self._pace.take() or (self._finishing and not self._frames)  # the last one need not wait

@@ -67,7 +67,7 @@ class ServeConfig(Section):
     llm_gpus: float = Field(default=0.0, ge=0)
     max_waiting_frames: int = Field(default=64, ge=1)
     max_live_frames: int = Field(default=8, ge=1)
-    live_speed: float = Field(default=2.0, ge=1)
+    live_speed: float = Field(default=1.25, ge=1)
     admission_timeout_s: float = Field(default=20.0, gt=0)
     start_timeout_s: float = Field(default=120.0, gt=0)
     status_interval_s: float = Field(default=1.0, gt=0)

@@ -52,13 +52,18 @@ class LimitsConfig(Section):
 
 
 class TokenBucket:
-    """Lets `per_s` things a second through, and up to `burst` at once after a pause."""
+    """Lets `per_s` things a second through, and up to `burst` at once after a pause.
 
-    def __init__(self, per_s: float, burst: int, clock: Callable[[], float] = time.monotonic) -> None:
+    At the beginning `first` may pass at once, by default `burst`.
+    """
+
+    def __init__(
+        self, per_s: float, burst: int, clock: Callable[[], float] = time.monotonic, first: int | None = None
+    ) -> None:
         self.per_s = per_s
         self._burst = burst
         self._clock = clock
-        self._tokens = float(burst)
+        self._tokens = float(burst if first is None else first)
         self._at = clock()
 
     def take(self) -> bool:

@@ -1,8 +1,9 @@
 """What is put into Ray Serve's HTTP proxy: clients that do not read, or never finish asking, are let go.
 
 A gateway sees neither: what it sends goes into the proxy's memory without end, and a request whose headers
-drip never comes to it. The proxy knows, for it has the sockets. Named to Serve by an environment variable of
-the cluster (`IMPORT_PATH`); programs that start a cluster themselves set it.
+drip never comes to it. The proxy knows, for it has the sockets. Messages that come faster than any live video
+does are handed over in bundles, for each time costs both processes more than most messages do. Named to Serve by
+an environment variable of the cluster (`IMPORT_PATH`); programs that start a cluster themselves set it.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ import asyncio
 import json
 import logging
 import os
+import time
 
 import uvicorn.protocols.http.auto
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from serve.limits import TokenBucket
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +29,9 @@ SEND_S_VARIABLE = "VIDEOLLM_PROXY_SEND_S"
 SEND_S = 20.0
 HEADERS_S_VARIABLE = "VIDEOLLM_PROXY_HEADERS_S"
 HEADERS_S = 20.0
+SINGLE_PER_S, SINGLE_BURST = 10.0, 20
+BUNDLE_S = 0.2
+RELEASE_S = 0.005
 
 
 class SlowClient(Exception):
@@ -50,6 +57,32 @@ class SlowClients:
             await self.app(scope, receive, bounded)
         except SlowClient as error:
             log.warning("connection ended: %s", error)
+
+
+class Bundles:
+    """Hands over the messages of a WebSocket one by one as they come, or, faster than that, every `BUNDLE_S`.
+
+    Serve's proxy passes on together what it can receive without waiting. A message waits `BUNDLE_S` at most.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "websocket":
+            await self.app(scope, receive, send)
+            return
+        singles = TokenBucket(SINGLE_PER_S, SINGLE_BURST)
+        released = 0.0
+
+        async def bundled() -> Message:
+            nonlocal released
+            if not singles.take() and time.monotonic() > released:
+                await asyncio.sleep(BUNDLE_S)
+                released = time.monotonic() + RELEASE_S
+            return await receive()
+
+        await self.app(scope, bundled, send)
 
 
 class PromptHeaders(HttpToolsProtocol):
@@ -106,4 +139,4 @@ def middlewares() -> list[Middleware]:
     """What Serve's proxy puts around the application. Called in its process, before it listens."""
     PromptHeaders.headers_s = float(os.environ.get(HEADERS_S_VARIABLE, HEADERS_S))
     uvicorn.protocols.http.auto.AutoHTTPProtocol = PromptHeaders
-    return [Middleware(SlowClients, send_s=float(os.environ.get(SEND_S_VARIABLE, SEND_S)))]
+    return [Middleware(Bundles), Middleware(SlowClients, send_s=float(os.environ.get(SEND_S_VARIABLE, SEND_S)))]

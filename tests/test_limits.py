@@ -26,6 +26,14 @@ def test_a_bucket_lets_a_burst_through_and_then_its_rate() -> None:
     assert sum(bucket.take() for _ in range(10)) == 3
 
 
+def test_a_bucket_that_begins_nearly_empty_earns_its_burst() -> None:
+    now = 0.0
+    bucket = TokenBucket(per_s=2, burst=3, clock=lambda: now, first=1)
+    assert [bucket.take(), bucket.take()] == [True, False]
+    now = 1.5
+    assert [bucket.take() for _ in range(4)] == [True, True, True, False]
+
+
 def test_a_message_limit_above_what_serve_lets_through_is_refused() -> None:
     with pytest.raises(ValidationError):
         LimitsConfig(message_bytes=17 << 20)

@@ -1,4 +1,4 @@
-"""Connections whose requests never become whole."""
+"""Connections whose requests never become whole, and messages that come faster than they are passed on."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from contextlib import asynccontextmanager
 
 import pytest
 import uvicorn
+from starlette.types import Message, Receive
 
-from serve.proxy import PromptHeaders
+from serve import proxy
+from serve.proxy import SINGLE_BURST, Bundles, PromptHeaders
 
 WHOLE = b"GET / HTTP/1.1\r\nHost: here\r\n\r\n"
 PART = b"GET / HTTP/1.1\r\nHost: here\r\nX-Slow: "
@@ -104,3 +106,45 @@ async def test_an_answer_may_take_longer_than_headers_may() -> None:
         answer.set()
         await answered(reader)
         await refused(reader)
+
+
+@pytest.mark.anyio
+async def test_messages_faster_than_any_video_are_passed_on_in_bundles(monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting: asyncio.Queue[Message] = asyncio.Queue()
+    passed: list[Message] = []
+    monkeypatch.setattr(proxy, "SINGLE_PER_S", 1e-6)
+    monkeypatch.setattr(proxy, "RELEASE_S", 0.0)
+    monkeypatch.setattr(proxy, "BUNDLE_S", 0.05)
+
+    async def application(scope: object, receive: Receive, send: object) -> None:
+        while (message := await receive())["type"] != "websocket.disconnect":
+            passed.append(message)
+
+    connection = asyncio.create_task(Bundles(application)({"type": "websocket"}, waiting.get, unheard))  # type: ignore[arg-type]
+    sent: list[Message] = []
+
+    def say(count: int) -> None:
+        for _ in range(count):
+            sent.append({"type": "websocket.receive", "text": str(len(sent))})
+            waiting.put_nowait(sent[-1])
+
+    for _ in range(SINGLE_BURST):
+        say(1)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert passed == sent  # each at once
+    monkeypatch.setattr(proxy, "RELEASE_S", 60.0)
+    say(50)
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert len(passed) == len(sent) - 50
+    while len(passed) < len(sent):
+        await asyncio.sleep(0)
+        assert len(passed) in (len(sent) - 50, len(sent))  # all of them together
+    assert passed == sent
+    waiting.put_nowait({"type": "websocket.disconnect"})
+    await connection
+
+
+async def unheard(message: Message) -> None:
+    raise AssertionError(message)
