@@ -65,7 +65,7 @@ async def run(
                     )
                 log.log(logging.WARNING if behind_s > BEHIND_S else logging.INFO, "behind_s=%.1f", behind_s)
                 calm = time.monotonic()
-                longer_s = OVERLOAD_S if name == "overload" else 0.0  # enough frames to compare with
+                longer_s = OVERLOAD_S if name in ("joined", "overload") else 0.0  # enough frames to compare with
                 await asyncio.sleep(longer_s + CALM_S * chosen.uniform(0.5, 1.5))
                 report.faults.append(await _inject(name, app, chosen, image, clients, tasks))
                 report.faults[-1].calm = calm

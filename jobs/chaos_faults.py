@@ -26,6 +26,7 @@ from websockets.exceptions import WebSocketException
 from actors.redis_address import parse
 from actors.redis_client import SingleClient
 from jobs.chaos_application import DURABLE, Application, ChaosError, ReplicaStats, is_alive
+from jobs.chaos_client import FPS
 
 PAUSE_S = 10.0
 SLOW_OWNER_S = 5.0
@@ -121,9 +122,15 @@ async def redeploy(app: Application, chosen: random.Random, picture: bytes) -> s
 async def overload(app: Application, chosen: random.Random, picture: bytes) -> str:
     """Clients that flood, that never read, and that come and go, beside those that are admitted."""
     dropped = await asyncio.gather(
-        *(_flood(app, picture, reads) for reads in (True, True, False, False)), _storm(app, chosen)
+        *(_stream(app, picture, FLOOD_FPS, reads) for reads in (True, True, False, False)), _storm(app, chosen)
     )
     return f"{sum(dropped)} frames of floods dropped and counted"
+
+
+async def join(app: Application, chosen: random.Random, picture: bytes) -> str:
+    """As many more sessions as flood in `overload`, each at its rate: what a flood may cost the others at most."""
+    dropped = await asyncio.gather(*(_stream(app, picture, FPS, True) for _ in range(4)))
+    return f"4 within their rate, {sum(dropped)} of their frames dropped"
 
 
 FAULTS: dict[str, Fault] = {
@@ -137,6 +144,7 @@ FAULTS: dict[str, Fault] = {
     "redis full": fill_redis,
     "drain": drain,
     "redeployed": redeploy,
+    "joined": join,
     "overload": overload,
 }
 
@@ -196,17 +204,17 @@ def _stopped(pid: int) -> Iterator[None]:
             os.kill(pid, signal.SIGCONT)
 
 
-async def _flood(app: Application, picture: bytes, reads: bool) -> int:
-    """Frames at ten times their rate, the newest wins; how many the server says it dropped."""
+async def _stream(app: Application, picture: bytes, fps: float, reads: bool) -> int:
+    """A session of video that is said to be of `FPS` and comes at `fps`; how many frames the server says it dropped."""
     dropped = 0
     try:
         queued = None if reads else 1
         async with websockets.connect(_realtime(app), max_size=None, max_queue=queued, close_timeout=1) as socket:
-            wishes = {"include": ["frame_decided"], "max_output_tokens": 4, "video": {"drop_policy": "latest"}}
+            wishes = {"include": ["frame_decided"], "max_output_tokens": 4, "video": {"fps": FPS, "drop_policy": "latest"}}
             await socket.send(json.dumps({"type": "session.update", "session": wishes}))
-            for index in range(int(OVERLOAD_S * FLOOD_FPS)):
-                await socket.send(struct.pack(">Bd", 1, index / 2) + picture)
-                await asyncio.sleep(1 / FLOOD_FPS)
+            for index in range(int(OVERLOAD_S * fps)):
+                await socket.send(struct.pack(">Bd", 1, index / FPS) + picture)
+                await asyncio.sleep(1 / fps)
             if reads:
                 await socket.send(json.dumps({"type": "input_video_buffer.end"}))
                 async with asyncio.timeout(60):

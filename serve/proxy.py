@@ -77,10 +77,11 @@ class Bundles:
 
         async def bundled() -> Message:
             nonlocal released
+            message = await receive()
             if not singles.take() and time.monotonic() > released:
                 await asyncio.sleep(BUNDLE_S)
-                released = time.monotonic() + RELEASE_S
-            return await receive()
+                released = time.monotonic() + RELEASE_S  # for what has come since
+            return message
 
         await self.app(scope, bundled, send)
 
