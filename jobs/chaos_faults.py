@@ -210,7 +210,11 @@ async def _stream(app: Application, picture: bytes, fps: float, reads: bool) -> 
     try:
         queued = None if reads else 1
         async with websockets.connect(_realtime(app), max_size=None, max_queue=queued, close_timeout=1) as socket:
-            wishes = {"include": ["frame_decided"], "max_output_tokens": 4, "video": {"fps": FPS, "drop_policy": "latest"}}
+            wishes = {
+                "include": ["frame_decided"],
+                "max_output_tokens": 4,
+                "video": {"fps": FPS, "drop_policy": "latest"},
+            }
             await socket.send(json.dumps({"type": "session.update", "session": wishes}))
             for index in range(int(OVERLOAD_S * fps)):
                 await socket.send(struct.pack(">Bd", 1, index / FPS) + picture)
