@@ -52,6 +52,7 @@ async def run(
         tasks = [asyncio.create_task(client.run()) for client in clients]
         try:
             report.started = time.monotonic()
+            await _going_on(clients, tasks, report.started)  # to begin is not to go on
             for name in chosen.sample(list(names), len(names)):
                 if time.monotonic() > report.started + 60 * minutes:
                     report.left_out.append(name)

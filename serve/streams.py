@@ -144,7 +144,8 @@ class Streams:
         if len(running) >= self.guard.config.streams:
             raise ApiError(429, "too_many_streams", f"{len(running)} streams are read, the most this gateway reads")
         async with AsyncExitStack() as stack:
-            conversation = await stack.enter_async_context(self.gateway.conversation(client=client))
+            recorded = not request.live
+            conversation = await stack.enter_async_context(self.gateway.conversation(bulk=recorded, client=client))
             await conversation.update(request.session)
             await conversation.open()
             fps = conversation.settings.fps
