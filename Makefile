@@ -62,7 +62,7 @@ train-default: $(INSTALLED)
 	$(RUN) -m jobs.default_report configs/embedded.yaml model.checkpoint=runs/default/model $(REPORT)
 
 test: $(INSTALLED)
-	$(RUN) -m pytest -m "not slow and not gpu and not cluster"
+	$(RUN) -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not cluster"
 
 test-slow: $(INSTALLED)
 	@status=0; $(RUN) -m pytest -m "slow and not gpu" || status=$$?; \
