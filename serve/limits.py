@@ -11,6 +11,10 @@ from actors.config import Section
 from actors.image import MAX_PIXELS
 
 SERVES_LARGEST_MESSAGE = 16 << 20  # Ray Serve closes a WebSocket with 1009 beyond it, which cannot be set
+# Each time that Serve's proxy and a gateway pass messages on costs both more than most messages do. So in both
+# directions this many of a connection cross one by one, and what comes faster crosses together, after so many seconds.
+SINGLE_PER_S, SINGLE_BURST = 10.0, 20
+BUNDLE_S = 0.1
 
 
 class LimitsConfig(Section):

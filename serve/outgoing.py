@@ -2,7 +2,8 @@
 
 A client that reads slowly holds back its own session's events, which wait in the log; what cannot wait
 there (refusals, states of the video) fills the queue, and a full queue or a socket that takes nothing
-for a while ends the connection, never the session.
+for a while ends the connection, never the session. Events that come fast, as those of whoever speaks all the time,
+go out several together.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable
 
-from serve.limits import LimitsConfig
+from serve.limits import BUNDLE_S, SINGLE_BURST, SINGLE_PER_S, LimitsConfig, TokenBucket
 from serve.server_events import ServerEvent
 
 
@@ -51,11 +52,14 @@ class Outgoing:
 
     async def run(self) -> None:
         """Raises SlowReader when an event cannot be sent in time."""
+        singles = TokenBucket(SINGLE_PER_S, SINGLE_BURST)
         while True:
             while not self._queue:
                 self._changed.clear()
                 await self._changed.wait()
-            await self._send_first()
+            if not singles.take():
+                await asyncio.sleep(BUNDLE_S)
+            await self.flush()
 
     async def flush(self) -> None:
         """Send what still waits."""

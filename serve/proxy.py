@@ -2,8 +2,8 @@
 
 A gateway sees neither: what it sends goes into the proxy's memory without end, and a request whose headers
 drip never comes to it. The proxy knows, for it has the sockets. Messages that come faster than any live video
-does are handed over in bundles, for each time costs both processes more than most messages do. Named to Serve by
-an environment variable of the cluster (`IMPORT_PATH`); programs that start a cluster themselves set it.
+does are handed over in bundles. Named to Serve by an environment variable of the cluster (`IMPORT_PATH`);
+programs that start a cluster themselves set it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from serve.limits import TokenBucket
+from serve.limits import BUNDLE_S, SINGLE_BURST, SINGLE_PER_S, TokenBucket
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +29,6 @@ SEND_S_VARIABLE = "VIDEOLLM_PROXY_SEND_S"
 SEND_S = 20.0
 HEADERS_S_VARIABLE = "VIDEOLLM_PROXY_HEADERS_S"
 HEADERS_S = 20.0
-SINGLE_PER_S, SINGLE_BURST = 10.0, 20
-BUNDLE_S = 0.2
 RELEASE_S = 0.005
 
 

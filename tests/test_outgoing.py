@@ -6,7 +6,8 @@ import asyncio
 
 import pytest
 
-from serve.limits import LimitsConfig
+from serve import outgoing as outgoing_module
+from serve.limits import SINGLE_BURST, LimitsConfig
 from serve.outgoing import Outgoing, SlowReader
 from serve.proxy import SlowClients
 from serve.server_events import FrameDecided, GoingAway, parse_event
@@ -60,6 +61,28 @@ async def test_events_of_the_log_wait_where_they_are_until_the_client_reads() ->
     await outgoing.flush()
     sending.cancel()
     assert len({parse_event(text).event_id for text in client.told}) == 20
+
+
+async def test_events_of_whoever_speaks_all_the_time_go_out_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outgoing_module, "SINGLE_PER_S", 1e-6)
+    client = Client()
+    client.reading.set()
+    outgoing = Outgoing(client.take, LimitsConfig())
+    sending = asyncio.create_task(outgoing.run())
+    for seq in range(SINGLE_BURST):
+        outgoing.put(decided(seq))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert len(client.told) == seq + 1  # each at once
+    for seq in range(3):
+        outgoing.put(decided(SINGLE_BURST + seq))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert len(client.told) == SINGLE_BURST
+    while len(client.told) == SINGLE_BURST:
+        await asyncio.sleep(0)
+    assert len(client.told) == SINGLE_BURST + 3
+    sending.cancel()
 
 
 async def test_what_cannot_wait_ends_the_connection_of_a_client_that_does_not_read() -> None:

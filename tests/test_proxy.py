@@ -12,7 +12,8 @@ import uvicorn
 from starlette.types import Message, Receive
 
 from serve import proxy
-from serve.proxy import SINGLE_BURST, Bundles, PromptHeaders
+from serve.limits import SINGLE_BURST
+from serve.proxy import Bundles, PromptHeaders
 
 WHOLE = b"GET / HTTP/1.1\r\nHost: here\r\n\r\n"
 PART = b"GET / HTTP/1.1\r\nHost: here\r\nX-Slow: "
