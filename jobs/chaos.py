@@ -47,7 +47,7 @@ async def run(
     """Faults on the same sessions, none after `minutes`, then the loss of all data on two new ones."""
     chosen, stop, image = random.Random(seed), asyncio.Event(), picture()
     await until_whole(app)
-    with UsageSampler(every_s=2, memory=True) as usage:
+    with UsageSampler(every_s=5, memory=True) as usage:  # a look takes a fifth of a second of CPU
         clients = [ChaosClient(app.url, image, seed + n, n % 4 == 0, stop, fps=fps) for n in range(sessions)]
         tasks = [asyncio.create_task(client.run()) for client in clients]
         try:
