@@ -62,7 +62,8 @@ train-default: $(INSTALLED)
 	$(RUN) -m jobs.default_report configs/embedded.yaml model.checkpoint=runs/default/model $(REPORT)
 
 test: $(INSTALLED)
-	$(RUN) -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not cluster"
+	$(RUN) -m pytest -n 2 --dist loadfile -m "not alone and not slow and not gpu and not cluster"
+	$(RUN) -m pytest -m "alone and not slow"
 
 test-slow: $(INSTALLED)
 	@status=0; $(RUN) -m pytest -m "slow and not gpu" || status=$$?; \

@@ -52,6 +52,7 @@ def test_every_format_of_the_settings_has_a_reader_and_every_row_a_task(datasets
         assert all(row.kind in {*NARRATIONS, *SCENES} and row.dataset == "name" for row in rows)
 
 
+@pytest.mark.alone
 @pytest.mark.usefixtures("ray_cluster")
 def test_datasets_are_mixed_into_the_splits_they_name(datasets: Path, tmp_path: Path) -> None:
     public = {

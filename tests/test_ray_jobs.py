@@ -102,6 +102,7 @@ def test_the_offline_leg_runs_as_submitted_jobs(
     assert "Traceback" not in failed.stdout
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(600)
 def test_two_workers_train_in_a_submitted_job(
     job_server: str, tiny_configs: dict[str, ModelConfig], tmp_path: Path

@@ -99,6 +99,9 @@ def settings_file(folder: Path, model: dict[str, object], **sections: dict[str, 
     return path
 
 
+pytestmark = pytest.mark.alone
+
+
 @pytest.fixture(scope="module")
 def server(
     tiny_configs: dict[str, ModelConfig],
