@@ -47,6 +47,8 @@ from serve.server_events import (
     parse_event,
 )
 
+pytestmark = pytest.mark.alone
+
 START_S = 150
 RESUME_S = 10.0
 CALIBRATION = Calibration(
@@ -97,9 +99,6 @@ def settings_file(folder: Path, model: dict[str, object], **sections: dict[str, 
     path = folder / "settings.yaml"
     path.write_text(yaml.safe_dump({"model": model, **sections}))
     return path
-
-
-pytestmark = pytest.mark.alone
 
 
 @pytest.fixture(scope="module")
