@@ -128,7 +128,7 @@ async def overload(app: Application, chosen: random.Random, picture: bytes) -> s
 
 
 async def join(app: Application, chosen: random.Random, picture: bytes) -> str:
-    """As many more sessions as flood in `overload`, each at its rate: what a flood may cost the others at most."""
+    """As many more sessions as flood in `overload`, each at its rate: what a flood is to be compared with."""
     dropped = await asyncio.gather(*(_stream(app, picture, FPS, True) for _ in range(4)))
     return f"4 within their rate, {sum(dropped)} of their frames dropped"
 
