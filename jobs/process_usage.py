@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Self
 
 TICKS_A_SECOND = os.sysconf("SC_CLK_TCK")
+START = 19  # of what _stat returns: when the process began, which tells it from a later one of the same number
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,17 @@ class Usage:
 
 
 class UsageSampler:
-    """Samples in a thread while its block runs. `memory` costs more time, and is wanted only where it is looked at."""
+    """Samples in a thread while its block runs. `memory` costs more time, and is wanted only where it is looked at.
+
+    What a process had worked when it was last seen stays counted after its end; what it did since, at most
+    `every_s`, is lost.
+    """
 
     def __init__(self, every_s: float = 1, memory: bool = False) -> None:
         self.every_s = every_s
         self.memory = memory
         self.samples: list[Sample] = []
+        self._worked = dict[tuple[int, str], float]()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -97,12 +103,19 @@ class UsageSampler:
         self.samples.append(
             Sample(
                 time=time.monotonic(),
-                ours_s=sum(map(_cpu_s, pids)) - looking_s,
+                ours_s=self._ours_s(pids) - looking_s,
                 driver_s=time.process_time() - looking_s,
                 machine_s=_machine_s(),
                 memory_mb=sum(map(memory_mb, pids)) if self.memory else 0.0,
             )
         )
+
+    def _ours_s(self, pids: set[int]) -> float:
+        """CPU time of these processes and of all seen before: a sum that never falls."""
+        for pid in pids:
+            if fields := _stat(pid):
+                self._worked[pid, fields[START]] = sum(map(int, fields[11:13])) / TICKS_A_SECOND
+        return sum(self._worked.values())
 
 
 def descendants(root: int) -> set[int]:
@@ -125,12 +138,6 @@ def _stat(process: int) -> list[str]:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return []
-
-
-def _cpu_s(process: int) -> float:
-    """CPU time of a process and of those of its children that have ended."""
-    fields = _stat(process)
-    return sum(map(int, fields[11:15])) / TICKS_A_SECOND if fields else 0.0
 
 
 def _machine_s() -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -32,6 +33,19 @@ def test_the_work_of_children_counts_and_memory_is_seen() -> None:
     assert usage.ours_s - usage.driver_s > 0.4
     assert usage.machine_s > 0.4
     assert 10 < sampler.peak_mb < 100_000
+
+
+def test_work_stays_counted_when_nobody_waits_for_who_did_it() -> None:
+    with UsageSampler(every_s=0.01) as sampler:
+        # The child ends first and is never waited for by its parent; then the parent ends.
+        child = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {BURN!r}], stdin=-1); input()"
+        with subprocess.Popen([sys.executable, "-c", child], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"burnt\n"
+            process.kill()
+    worked = [sample.ours_s for sample in sampler.samples]
+    assert worked[-1] - worked[0] > 0.4
+    assert all(later >= earlier - 0.05 for earlier, later in itertools.pairwise(worked))
 
 
 def test_moments_between_samples_are_interpolated() -> None:
