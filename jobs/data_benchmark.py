@@ -37,7 +37,8 @@ from jobs.video_files import find_videos
 logger = logging.getLogger(__name__)
 
 STEADY = (0.25, 0.85)  # the part of the frames in the middle of which is looked at
-SHORTEST_S = 3  # of that part: CPU time is sampled once a second
+SAMPLED_S = 0.25  # between two looks at the CPU time
+SHORTEST_S = 1  # of that part
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class DataAmount:
     read_frames: tuple[int, ...] = (1, 64, 1200)
 
 
-DATA_QUICK = DataAmount(frames=640, stage_frames=32, minutes=(0.2, 0.5), reads=20, read_frames=(1, 16))
+DATA_QUICK = DataAmount(frames=2560, stage_frames=32, minutes=(0.2, 0.5), reads=20, read_frames=(1, 16))
 
 
 class DataBenchmark:
@@ -141,7 +142,7 @@ class DataBenchmark:
         for number in range(max(1, -(-frames // sum(counts)))):
             for video in map(Path, self.videos):
                 (copies / f"{video.stem}_{number}{video.suffix}").symlink_to(video)
-        with UsageSampler() as sampler:
+        with UsageSampler(every_s=SAMPLED_S) as sampler:
             return encode(self._config(copies, tokens)), sampler
 
     def memory(self, folder: Path) -> list[Memory]:
