@@ -18,12 +18,11 @@ from jobs.backgrounds import TEXT
 from jobs.class_fields import CELLS, Classifier, ellipses
 from jobs.object_names import ELUSIVE, kinds
 
-SURE = 0.45  # a name, or a kind, is in view from this probability on
-LEAST = 0.2  # and the name of what was put there from this one on, where no other is likelier
-MOST = 0.5  # share that a name has of its kind's probability where the kind's own name will not do
-GAINS = (0.7, 1.0, 1.4, 1.9)  # how strongly a thing is put in: the least that the classifier recognises
+SURE = 0.45  # a name is in view from this probability on
+GAINS = (1.0, 1.4, 1.9)  # how strongly a thing is put in: the least that the classifier recognises
 BLEND, BLENDED = 0.55, (1.6,)  # where it need not
-RECOGNISED = (0.25, 0.6)  # probability, of which more is not asked; by chance, for every thing
+RECOGNISED = 0.6
+SURE_OF_KIND = 0.55
 DRAWN = 0.5  # share of what comes
 
 
@@ -43,14 +42,10 @@ class Material:
 
 @dataclass(frozen=True)
 class Made:
-    """A stream: its frame tokens (F, N, 1280) fp16, what one would call what is in view at each frame, and what it is.
-
-    The two differ where only the kind can be told: an "animal" that is a dog.
-    """
+    """A stream: its frame tokens (F, N, 1280) fp16, and the name in view at each frame."""
 
     tokens: Tensor
     shown: list[str | None]
-    there: list[str | None]
 
 
 class StreamMaker:
@@ -74,31 +69,61 @@ class StreamMaker:
     ) -> Made:
         """A stream of `length` frames; `quiet` is the share of streams in which nothing comes.
 
-        Where there are drawn things, they are half of what comes. `haunted` is the share of places that look like
-        one of the ELUSIVE; nothing is ever said of these where it is not 0.
+        Where there are drawn things, they are half of what comes, and what the classifier does not recognise
+        although it is of a kind with what was put there goes by the name of the kind: an "animal". `haunted` is
+        the share of places that look like one of the ELUSIVE; nothing is ever said of these where it is not 0.
         """
+        if self.material.drawn is not None:
+            return self._mixed(seed, length, quiet, gap, haunted, stay)
         random = np.random.default_rng(seed)
         torch_random = torch.Generator().manual_seed(seed)
         fields, allowed = self._background(random, length)
-        self._haunt(fields, haunted, random, torch_random)
-        put = list[tuple[int, int, str, bool]]()
+        if random.random() >= quiet:
+            for start, stop, cut in self._schedule(random, length, gap, stay):
+                if cut:
+                    rest, names = self._background(random, length - start)
+                    fields[start:], allowed[start:] = rest, names
+                name = int(random.integers(len(self.classifier.names)))
+                fields[start:stop] = self._with_thing(fields[start:stop], name, cut, random, torch_random)
+                allowed[start:stop] = [{*names, self.classifier.names[name]} for names in allowed[start:stop]]
+                self._flash(fields, stop, random, torch_random)
+        noise = torch.randn(length, 1, 320, generator=torch_random) @ self.material.natural.T
+        fields = fields + float(random.choice((0, 0.03, 0.08))) * noise
+        tokens = self.classifier.tokens(fields, self.pooled)
+        sure, place = self.classifier.named(tokens[:, 0])
+        seen = [self.classifier.names[p] if s >= SURE and p >= 0 else None for s, p in zip(sure, place, strict=True)]
+        return Made(tokens.half(), [_agreed(name, names) for name, names in zip(seen, allowed, strict=True)])
+
+    def _mixed(
+        self, seed: int, length: int, quiet: float, gap: tuple[int, int], haunted: float, stay: tuple[int, int]
+    ) -> Made:
+        random = np.random.default_rng(seed)
+        torch_random = torch.Generator().manual_seed(seed)
+        fields, allowed = self._background(random, length)
+        if haunted:
+            self._haunt(fields, haunted, random, torch_random)
+        decided = list[str | None]([None] * length)
+        put = list[tuple[int, int, str]]()
         before = 0
         for start, stop, cut in self._schedule(random, length, gap, stay) if random.random() >= quiet else ():
-            drawn = self.material.drawn is not None and random.random() < DRAWN
-            if drawn:
-                word = self._draw(fields, allowed, (before if not cut else start, start, stop), random)
+            if random.random() < DRAWN:
+                self._draw(fields, allowed, decided, (before if not cut else start, start, stop), random)
+                if haunted:
+                    decided[start:stop] = [None if name in ELUSIVE else name for name in decided[start:stop]]
             else:
                 if cut:
                     fields[start:], allowed[start:] = self._background(random, length - start)
-                    self._haunt(fields[start:], haunted, random, torch_random)
+                    if haunted:
+                        self._haunt(fields[start:], haunted, random, torch_random)
                 name = int(random.integers(len(self.classifier.names)))
                 word = self.classifier.names[name]
                 fields[start:stop] = self._with_thing(
                     fields[start:stop], name, cut, random, torch_random, self._relative(word, random)
                 )
+                if not haunted or word not in ELUSIVE:
+                    allowed[start:stop] = [{*names, word} for names in allowed[start:stop]]
+                    put.append((start, stop, word))
                 self._flash(fields, stop, random, torch_random)
-            if not haunted or word not in ELUSIVE:
-                put.append((start, stop, word, drawn))
             before = stop
         noise = torch.randn(length, 1, 320, generator=torch_random) @ self.material.natural.T
         fields = fields + float(random.choice((0, 0.03, 0.08))) * noise
@@ -107,25 +132,19 @@ class StreamMaker:
         sure, place = chances[:, :-1].max(-1)
         seen = [self.classifier.names[p] if s >= SURE else None for s, p in zip(sure.tolist(), place, strict=True)]
         shown = [_agreed(name, names) for name, names in zip(seen, allowed, strict=True)]
-        there = list(shown)
-        for start, stop, word, drawn in put:
-            called, visible = self._called(word, chances[start:stop], drawn)
-            for frame, visibly in enumerate(visible, start):
-                if visibly:
-                    shown[frame], there[frame] = called, word
-        return Made(tokens.half(), shown, there)
+        for start, stop, word in put:
+            shown[start:stop] = self._called(word, shown[start:stop], chances[start:stop])
+        return Made(tokens.half(), [name or agreed for name, agreed in zip(decided, shown, strict=True)])
 
     def _draw(
         self,
         fields: Tensor,
         allowed: list[set[str]],
+        decided: list[str | None],
         place: tuple[int, int, int],
         random: np.random.Generator,
-    ) -> str:
-        """Put in a drawn thing at [start, stop); its place without it is there from `before`, and after it or a cut.
-
-        Returns its name.
-        """
+    ) -> None:
+        """Put in a drawn thing at [start, stop); its place without it is there from `before`, and after it or a cut."""
         assert self.material.empty is not None
         assert self.material.drawn is not None
         number = int(random.integers(len(self.material.drawn)))
@@ -137,42 +156,35 @@ class StreamMaker:
         fields[before:start] = empty[at[before:start]]
         fields[start:stop] = drawn[at[start:stop]]
         allowed[before:stop] = [set()] * (stop - before)
+        decided[before:stop] = [None] * (start - before) + [self.material.drawn_names[number]] * (stop - start)
         if random.random() < 0.7:
             fields[stop:] = empty[at[stop:]]
             allowed[stop:] = [set()] * (len(fields) - stop)
-        return self.material.drawn_names[number]
 
     def _haunt(self, fields: Tensor, share: float, random: np.random.Generator, torch_random: torch.Generator) -> None:
         """Make a place look like one of the elusive things, as places out of focus do."""
-        if share and random.random() < share:
+        if random.random() < share:
             name = int(random.choice([place for place, name in enumerate(self.classifier.names) if name in ELUSIVE]))
             fields[:] = self._with_thing(fields, name, True, random, torch_random)
 
     def _relative(self, word: str, random: np.random.Generator) -> Tensor | None:
         """Sometimes something of the same kind, to be blended with: what comes is then hard to tell from either."""
         kind = self.kinds.get(word)
-        if kind is None or random.random() < 0.6:
+        if kind is None or random.random() < 0.35:
             return None
         of_kind = [place for place, name in enumerate(self.classifier.names) if self.kinds.get(name) == kind]
         owned = self.by_name[of_kind[int(random.integers(len(of_kind)))]]
         return self.material.things[owned[int(random.integers(len(owned)))]].float()
 
-    def _called(self, word: str, chances: Tensor, drawn: bool) -> tuple[str, list[bool]]:
-        """What a thing that was put in is called, and at which of its frames it can be seen.
-
-        It goes by its name where that is most of what the classifier makes of its kind, else by the name of the
-        kind. What is drawn can always be seen; what was put in, where the classifier prefers it or its kind.
-        """
-        names = self.classifier.names
+    def _called(self, word: str, seen: Sequence[str | None], chances: Tensor) -> list[str | None]:
+        """What a thing that was put in is called while it is there: its name if it is often seen, else its kind."""
         kind = self.kinds.get(word)
-        own = chances[:, names.index(word)] if word in names else torch.zeros(len(chances))
-        visible = (own >= LEAST) & (own == chances[:, :-1].amax(1))
-        called = word
-        if kind is not None:
-            of_kind = chances[:, [place for place, name in enumerate(names) if self.kinds.get(name) == kind]].sum(1)
-            visible |= of_kind >= SURE
-            called = word if float(own.sum()) >= MOST * float(of_kind.sum()) else kind
-        return called, [True] * len(chances) if drawn else visible.tolist()
+        if kind is None:
+            return list(seen)
+        of_kind = [place for place, name in enumerate(self.classifier.names) if self.kinds.get(name) == kind]
+        likely = (chances[:, of_kind].sum(1) >= SURE_OF_KIND).tolist()
+        called = word if sum(name == word for name in seen) > len(seen) / 3 else kind
+        return [name or (called if alike else None) for name, alike in zip(seen, likely, strict=True)]
 
     def quiet(self, seed: int, length: int) -> Tensor:
         """Frame tokens (length, N, 1280) fp16 of scenes without anything that has a name, each for a minute or more."""
@@ -243,11 +255,10 @@ class StreamMaker:
             strength[int(random.integers(4, count - 1))] = 0
         wobble = 1 + 0.08 * torch.randn(count, generator=torch_random)
         placed = (strength * wobble)[:, None, None] * amount * thing
-        recognised = random.uniform(*RECOGNISED) * count
         for gain in GAINS if relative is None else BLENDED:
             changed = fields + gain * placed
             sure, place = self.classifier.named(self.classifier.features(changed).mean(1))
-            if float(sure[place == name].sum()) >= recognised:
+            if float(sure[place == name].sum()) >= RECOGNISED * count:
                 break
         return changed
 

@@ -236,7 +236,7 @@ def _make_set(
                 writer.append([frame / FPS for frame in range(length)], made.tokens.contiguous())
                 writer.commit()
             talk = Talk(chance, nameable, curious=wanted.curious, narrated=wanted.narrated)
-            turns = talk.conversation(made.shown, DEFAULT_SYSTEM_PROMPT, made.there)
+            turns = talk.conversation(made.shown, DEFAULT_SYSTEM_PROMPT)
             dialogue = Dialogue(
                 dialogue_id=video,
                 task="made_stream",

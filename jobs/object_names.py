@@ -88,15 +88,14 @@ daisy; 986 orchid; 987 corn; 988 acorn; 989-990 -; 991-997 mushroom; 998 corn; 9
 _KINDS = {
     "bird": """
         bird; crane bird; duck; eagle; flamingo; goose; hen; heron; hummingbird; ostrich; owl; parrot; peacock;
-        pelican; penguin; rooster; seagull; stork; swan; toucan; vulture; chick; turkey
+        pelican; penguin; rooster; seagull; stork; swan; toucan; vulture
     """,
     "animal": """
         antelope; armadillo; badger; bear; beaver; bison; buffalo; camel; cat; cheetah; chimpanzee; cougar; cow;
         crocodile; dinosaur; dog; elephant; fox; frog; goat; gorilla; groundhog; guinea pig; hamster; hedgehog;
         hippo; horse; hyena; kangaroo; koala; lemur; leopard; lion; lizard; llama; lynx; meerkat; mongoose; monkey;
         orangutan; otter; panda; pig; platypus; porcupine; rabbit; red panda; salamander; seal; sheep; skunk; sloth;
-        snake; squirrel; tiger; turtle; weasel; wild boar; wild dog; wolf; wombat; zebra; bull; deer; donkey; giraffe;
-        mammoth; moose; mouse; raccoon; rat; rhino
+        snake; squirrel; tiger; turtle; weasel; wild boar; wild dog; wolf; wombat; zebra
     """,
     "vehicle": """
         ambulance; bus; camper van; car; fire truck; forklift; garbage truck; go-kart; golf cart; harvester; jeep;
@@ -104,8 +103,7 @@ _KINDS = {
         tractor; train; tram; truck; van
     """,
     "building": """
-        barn; boathouse; castle; church; dome; library; mosque; palace; temple; tower; yurt; factory; hospital; house;
-        hut; school; stadium
+        barn; boathouse; castle; church; dome; library; mosque; palace; temple; tower; yurt
     """,
     "landscape": """
         beach; cliff; coast; field of flowers; lake; mountain; valley; volcano

@@ -7,7 +7,7 @@ worth a word.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Literal
@@ -118,37 +118,27 @@ class Talk:
     curious: bool = False
     narrated: bool = False
     view: View = field(default_factory=View)
-    truth: View = field(default_factory=View)
     watched: str | None = None
 
-    def conversation(
-        self, shown: Sequence[str | None], system_prompt: str, there: Sequence[str | None] | None = None
-    ) -> list[Turn]:
-        """The turns over frames that show these names, one a frame.
+    def conversation(self, shown: Sequence[str | None], system_prompt: str) -> list[Turn]:
+        """The turns over frames that show these names, one a frame."""
+        return [System(content=system_prompt), *self._turns(shown)]
 
-        `there` is what it really is where `shown` has only its kind: who waits for a dog is told of "an animal".
-        """
-        return [System(content=system_prompt), *self._turns(shown, shown if there is None else there)]
-
-    def _turns(self, shown: Sequence[str | None], there: Sequence[str | None]) -> Iterator[Turn]:
-        late = yield from self._opening(there)
+    def _turns(self, shown: Sequence[str | None]) -> Iterator[Turn]:
+        yield from self._opening(shown)
         asked = set[int]()
         if not self.narrated:
             asked = self._curious_frames(shown) if self.curious else self._question_frames(len(shown))
         waiting = 0
-        for frame, (name, really) in enumerate(zip(shown, there, strict=True)):
+        for frame, name in enumerate(shown):
             waiting += 1
-            event, fact = self.view.next(name), self.truth.next(really)
-            said = self._said(event, fact)
-            if frame == late and said is None:
-                yield Stream(num_frames=waiting, learn=waiting - 1)
-                yield from (User(content=self._watch(there[frame + 1 :])), Assistant(content=AGREED, learn=True))
-                waiting = 0
-            elif said is not None:
+            event = self.view.next(name)
+            said = self._said(event)
+            if said is not None:
                 yield from (Stream(num_frames=waiting, learn=True), Assistant(content=said, learn=True))
                 waiting = 0
             elif frame in asked and event is None:
-                question, answer = self._question(there[frame + 1 :])
+                question, answer = self._question(shown[frame + 1 :])
                 # The frame at which somebody asks is no decision of the model's.
                 yield Stream(num_frames=waiting, learn=waiting - 1)
                 yield from (User(content=question), Assistant(content=answer, learn=True))
@@ -156,28 +146,22 @@ class Talk:
         if waiting:
             yield Stream(num_frames=waiting, learn=True)
 
-    def _opening(self, there: Sequence[str | None]) -> Generator[Turn, None, int | None]:
-        """What stands before the first frame: nothing, an instruction, or what a cut context remembers.
-
-        Returns the frame after which somebody asks to be told of something, if that is still to come.
-        """
+    def _opening(self, shown: Sequence[str | None]) -> Iterator[Turn]:
+        """What stands before the first frame: nothing, an instruction, or what a cut context remembers."""
         if self.narrated:
             yield User(content=self.random.choice(NARRATE))
             yield Assistant(content=AGREED, learn=True)
-            return None
+            return
         kind = self.random.random()
         remembered = " ".join(self._remembered()) if self.random.random() < 0.2 else ""
-        if kind < 0.15 and not remembered:
-            return self.random.randint(0, 6)
-        if kind < 0.36:
-            yield User(content=self._watch(there))
+        if kind < 0.3:
+            yield User(content=self._watch(shown))
             yield Assistant(content=f"{AGREED} {remembered}".rstrip(), learn=not remembered)
-        elif kind < 0.58:
+        elif kind < 0.55:
             yield User(content=self.random.choice(NARRATE))
             yield Assistant(content=f"{AGREED} {remembered}".rstrip(), learn=not remembered)
         elif remembered:
             yield Assistant(content=remembered, learn=False)
-        return None
 
     def _remembered(self) -> Iterator[str]:
         """Sentences said before a cut; the view takes them in."""
@@ -185,7 +169,6 @@ class Talk:
             name = self.random.choice(self.names)
             for shown in (name, name, None, None):
                 event = self.view.next(shown)
-                self.truth.next(shown)
                 if event and self.watched is None:
                     yield narrated(event)
                 elif event and event[0] != "gone" and event[1] == self.watched:
@@ -193,14 +176,16 @@ class Talk:
 
     def _watch(self, later: Sequence[str | None]) -> str:
         """Ask to be told of a name, most often of one that comes."""
-        coming = sorted({name for name in later if name and name in self.names and name != self.truth.current})
+        coming = sorted({name for name in later if name and name in self.names and name != self.view.current})
         self.watched = self.random.choice(coming if coming and self.random.random() < 0.75 else self.names)
         return self.random.choice(WATCH).format(thing=with_article(self.watched))
 
-    def _said(self, event: Event | None, fact: Event | None) -> str | None:
+    def _said(self, event: Event | None) -> str | None:
+        if event is None:
+            return None
         if self.watched is None:
-            return narrated(event) if event is not None else None
-        return noticed(self.watched) if fact is not None and fact[0] != "gone" and fact[1] == self.watched else None
+            return narrated(event)
+        return noticed(event[1]) if event[0] != "gone" and event[1] == self.watched else None
 
     def _question_frames(self, length: int) -> set[int]:
         count = self.random.choice((0, 0, 1, 1, 2, 3))
