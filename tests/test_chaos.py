@@ -438,7 +438,6 @@ def test_shares_of_nothing_are_no_numbers() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.alone
 def test_every_replica_may_be_killed_once(
     tiny: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -31,7 +31,6 @@ OUTLINE_OF_FOCUS = """(() => { const focus = document.activeElement;
 
 in_a_browser = [
     pytest.mark.slow,
-    pytest.mark.alone,
     pytest.mark.timeout(600),
     pytest.mark.skipif(program() is None, reason="no Chromium: apt-get install chromium"),
 ]
