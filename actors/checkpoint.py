@@ -208,6 +208,25 @@ def save(
         (part / SETTINGS_FILE).write_text(settings.model_dump_json(indent=2))
 
 
+@torch.no_grad()
+def average(loaded: Loaded, other: Loaded, share: float) -> None:
+    """Set the trained weights of `loaded` to `share` of themselves and the rest of those of `other`, in place.
+
+    Both come from `load` with merged=False. Between a model and what it was fine-tuned to lie models that know what
+    both know (Wortsman et al. 2022, arXiv:2109.01903). Raises CheckpointError where the two do not fit.
+    """
+    same = (loaded.llm, loaded.features, loaded.adapter) == (other.llm, other.features, other.adapter)
+    if not same or loaded.config.frames != other.config.frames:
+        raise CheckpointError(
+            f"two checkpoints of language model {loaded.llm} and {other.llm}, features {loaded.features} and "
+            f"{other.features}, adapters {loaded.adapter} and {other.adapter} have no average: all must be equal"
+        )
+    others = dict(other.model.named_parameters())
+    for name, parameter in loaded.model.named_parameters():
+        if parameter.requires_grad:
+            parameter.lerp_(others[name].to(parameter), 1 - share)
+
+
 def export_published(folder: str | Path, loaded: Loaded) -> None:
     """Write a checkpoint (loaded with merged=False) in the public reference's form. Raises CheckpointError."""
     own_head = loaded.model.base_llm.get_output_embeddings().weight

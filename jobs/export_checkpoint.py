@@ -1,7 +1,9 @@
 """Write a trained checkpoint (model.checkpoint) once more, in another form: to ship it, or for other programs.
 
-bfloat16 halves the files; what a model says may change by a hair, so its threshold is chosen again
-(jobs.evaluate). `export.form=published` writes what the public reference reads.
+With `export.average_with` it is averaged with another one first, most often with the one that it was trained
+from: that keeps more of what was learned before. bfloat16 halves the files; what a model says may change by a
+hair, so its threshold is chosen again (jobs.evaluate). `export.form=published` writes what the public
+reference reads.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ class ExportConfig(Section):
     dtype: Literal["float32", "bfloat16"] = Field(
         default="bfloat16", description="of adapter and connector, in our form"
     )
+    average_with: str | None = Field(default=None, description="another checkpoint, of the same model and adapter")
+    share: float = Field(default=0.5, gt=0, lt=1, description="weight of model.checkpoint in the average")
     replace: bool = Field(default=False, description="whether a checkpoint that is there already may be overwritten")
 
 
@@ -46,11 +50,17 @@ def export(config: Config) -> Path:
             f"{folder} exists: choose another export.folder, or set export.replace for a checkpoint there"
         )
     loaded = checkpoint.load(config.model, dtype=torch.float32, merged=False)
+    videos: list[str] = []
+    if settings.average_with is not None:
+        with_it = config.model.model_copy(update={"checkpoint": settings.average_with})
+        other = checkpoint.load(with_it, dtype=torch.float32, merged=False)
+        checkpoint.average(loaded, other, settings.share)
+        videos = other.trained_videos
     shutil.rmtree(folder, ignore_errors=True)
     if settings.form == "published":
         checkpoint.export_published(folder, loaded)
     else:
-        checkpoint.save(folder, loaded, dtype=getattr(torch, settings.dtype))
+        checkpoint.save(folder, loaded, videos, dtype=getattr(torch, settings.dtype))
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     logger.info("checkpoint=%s size=%.1f MB", folder, size / 1e6)
     return folder

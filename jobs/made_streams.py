@@ -24,6 +24,7 @@ BLEND, BLENDED = 0.55, (1.6,)  # where it need not
 RECOGNISED = 0.6
 SURE_OF_KIND = 0.55
 DRAWN = 0.5  # share of what comes
+ALIKE = 0.6  # share of streams of few names in which two are of one kind, if the first is of any
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,26 @@ class Made:
     shown: list[str | None]
 
 
+@dataclass(frozen=True)
+class Happenings:
+    """What comes in a stream, how often and for how long.
+
+    `quiet` is the share of streams in which nothing comes, `haunted` that of places that look like one of the ELUSIVE:
+    nothing is ever said of these where it is not 0. `gap` are frames between two things, `stay` those for which one
+    is there, at least and less than. `few` is the most names that come in one stream, over and over, often two of
+    one kind; without it any may come. It is for material with drawn things.
+    """
+
+    quiet: float = 0.12
+    gap: tuple[int, int] = (2, 16)
+    stay: tuple[int, int] = (4, 20)
+    haunted: float = 0
+    few: int | None = None
+
+
+DEFAULT = Happenings()
+
+
 class StreamMaker:
     """Makes streams; the same seed makes the same stream."""
 
@@ -57,29 +78,24 @@ class StreamMaker:
         self.classifier = classifier
         self.pooled = pooled
         self.by_name = [(material.thing_names == name).nonzero()[:, 0] for name in range(len(classifier.names))]
+        self.places = {name: place for place, name in enumerate(classifier.names)}
+        self.drawn_by_name: dict[str, list[int]] = {}
+        for number, name in enumerate(material.drawn_names):
+            self.drawn_by_name.setdefault(name, []).append(number)
 
-    def make(
-        self,
-        seed: int,
-        length: int,
-        quiet: float = 0.12,
-        gap: tuple[int, int] = (2, 16),
-        haunted: float = 0,
-        stay: tuple[int, int] = (4, 20),
-    ) -> Made:
-        """A stream of `length` frames; `quiet` is the share of streams in which nothing comes.
+    def make(self, seed: int, length: int, what: Happenings = DEFAULT) -> Made:
+        """A stream of `length` frames.
 
         Where there are drawn things, they are half of what comes, and what the classifier does not recognise
-        although it is of a kind with what was put there goes by the name of the kind: an "animal". `haunted` is
-        the share of places that look like one of the ELUSIVE; nothing is ever said of these where it is not 0.
+        although it is of a kind with what was put there goes by the name of the kind: an "animal".
         """
         if self.material.drawn is not None:
-            return self._mixed(seed, length, quiet, gap, haunted, stay)
+            return self._mixed(seed, length, what)
         random = np.random.default_rng(seed)
         torch_random = torch.Generator().manual_seed(seed)
         fields, allowed = self._background(random, length)
-        if random.random() >= quiet:
-            for start, stop, cut in self._schedule(random, length, gap, stay):
+        if random.random() >= what.quiet:
+            for start, stop, cut in self._schedule(random, length, what):
                 if cut:
                     rest, names = self._background(random, length - start)
                     fields[start:], allowed[start:] = rest, names
@@ -94,20 +110,21 @@ class StreamMaker:
         seen = [self.classifier.names[p] if s >= SURE and p >= 0 else None for s, p in zip(sure, place, strict=True)]
         return Made(tokens.half(), [_agreed(name, names) for name, names in zip(seen, allowed, strict=True)])
 
-    def _mixed(
-        self, seed: int, length: int, quiet: float, gap: tuple[int, int], haunted: float, stay: tuple[int, int]
-    ) -> Made:
+    def _mixed(self, seed: int, length: int, what: Happenings) -> Made:
         random = np.random.default_rng(seed)
         torch_random = torch.Generator().manual_seed(seed)
+        few = self._few(random, what.few) if what.few is not None else []
+        haunted = what.haunted
         fields, allowed = self._background(random, length)
         if haunted:
             self._haunt(fields, haunted, random, torch_random)
         decided = list[str | None]([None] * length)
         put = list[tuple[int, int, str]]()
         before = 0
-        for start, stop, cut in self._schedule(random, length, gap, stay) if random.random() >= quiet else ():
-            if random.random() < DRAWN:
-                self._draw(fields, allowed, decided, (before if not cut else start, start, stop), random)
+        for start, stop, cut in self._schedule(random, length, what) if random.random() >= what.quiet else ():
+            one = few[int(random.integers(len(few)))] if few else None
+            if self._is_drawn(one, random):
+                self._draw(fields, allowed, decided, (before if not cut else start, start, stop), random, one)
                 if haunted:
                     decided[start:stop] = [None if name in ELUSIVE else name for name in decided[start:stop]]
             else:
@@ -115,7 +132,7 @@ class StreamMaker:
                     fields[start:], allowed[start:] = self._background(random, length - start)
                     if haunted:
                         self._haunt(fields[start:], haunted, random, torch_random)
-                name = int(random.integers(len(self.classifier.names)))
+                name = int(random.integers(len(self.classifier.names))) if one is None else self.places[one]
                 word = self.classifier.names[name]
                 fields[start:stop] = self._with_thing(
                     fields[start:stop], name, cut, random, torch_random, self._relative(word, random)
@@ -136,6 +153,22 @@ class StreamMaker:
             shown[start:stop] = self._called(word, shown[start:stop], chances[start:stop])
         return Made(tokens.half(), [name or agreed for name, agreed in zip(decided, shown, strict=True)])
 
+    def _few(self, random: np.random.Generator, most: int) -> list[str]:
+        """Two to `most` names, of the classifier and of what is drawn; the second often of the first one's kind."""
+        either = (self.classifier.names, sorted(self.drawn_by_name))
+        few = [str(random.choice(either[random.random() < DRAWN])) for _ in range(int(random.integers(2, most + 1)))]
+        kind = self.kinds.get(few[0])
+        alike = [name for name in sorted({*either[0], *either[1]}) if kind and self.kinds.get(name) == kind]
+        if alike and random.random() < ALIKE:
+            few[1] = str(random.choice(alike))
+        return few
+
+    def _is_drawn(self, name: str | None, random: np.random.Generator) -> bool:
+        """By chance, for a name that there is in both ways or None."""
+        if name is None or (name in self.places and name in self.drawn_by_name):
+            return bool(random.random() < DRAWN)
+        return name in self.drawn_by_name
+
     def _draw(
         self,
         fields: Tensor,
@@ -143,11 +176,13 @@ class StreamMaker:
         decided: list[str | None],
         place: tuple[int, int, int],
         random: np.random.Generator,
+        name: str | None,
     ) -> None:
         """Put in a drawn thing at [start, stop); its place without it is there from `before`, and after it or a cut."""
         assert self.material.empty is not None
         assert self.material.drawn is not None
-        number = int(random.integers(len(self.material.drawn)))
+        owned = range(len(self.material.drawn)) if name is None else self.drawn_by_name[name]
+        number = owned[int(random.integers(len(owned)))]
         empty, drawn = self.material.empty[number].float(), self.material.drawn[number].float()
         before, start, stop = place
         phase = int(random.integers(len(empty)))
@@ -215,15 +250,13 @@ class StreamMaker:
             names += [set(self.material.clip_names[number])] * count
         return torch.cat(fields), names
 
-    def _schedule(
-        self, random: np.random.Generator, length: int, gap: tuple[int, int], stay: tuple[int, int]
-    ) -> list[tuple[int, int, bool]]:
+    def _schedule(self, random: np.random.Generator, length: int, what: Happenings) -> list[tuple[int, int, bool]]:
         """When things are there, [start, stop), and whether they come with a cut."""
         stays, at = [], int(random.integers(0, 10))
         while at < length - 2:
-            stop = min(length, at + int(random.integers(*stay)))
+            stop = min(length, at + int(random.integers(*what.stay)))
             stays.append((at, stop, random.random() < 0.5))
-            at = stop + (0 if random.random() < 0.3 else int(random.integers(*gap)))
+            at = stop + (0 if random.random() < 0.3 else int(random.integers(*what.gap)))
         return stays
 
     def _with_thing(

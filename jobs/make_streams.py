@@ -17,6 +17,7 @@ import itertools
 import logging
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ from jobs.dialogue_files import to_line
 from jobs.dialogues import Dialogue, split_of
 from jobs.drawn_things import MissingDrawingsError, drawn_names, read_drawings, scenes
 from jobs.frame_store import FrameStore, StoreInfo
-from jobs.made_streams import SURE, Material, StreamMaker
+from jobs.made_streams import SURE, Happenings, Material, StreamMaker
 from jobs.object_names import ELUSIVE
 from jobs.program import run
 from jobs.stream_talk import Talk
@@ -61,6 +62,18 @@ class StreamSet(Section):
     quiet: float = Field(default=0.12, ge=0, le=1, description="share of the streams in which nothing comes")
     haunted: float = Field(
         default=0, ge=0, le=1, description="share of the places that look like a bee, say, and are none"
+    )
+    waiting: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="share of the streams in which somebody waits for something, sometimes for what only looks like "
+        "that which comes; null: three in ten, and never for such",
+    )
+    few: int | None = Field(
+        default=None,
+        ge=2,
+        description="most things in a stream of those, coming over and over; null: any number. Needs streams.drawings",
     )
     curious: bool = Field(default=False, description="somebody asks in every stream, most often soon after a change")
     narrated: bool = Field(default=False, description="every stream is narrated, and nobody asks anything else")
@@ -97,6 +110,8 @@ def make(config: Config) -> None:
             f"made-up streams are of the embedded encoder's classifier: model.vision is {model.vision!r} with frames "
             f"{model.frames}, expected 'embedded' with cls and pooled"
         )
+    if settings.drawings is None and any(wanted.few is not None for wanted in settings.sets.values()):
+        raise ConfigError("a set of streams.sets has `few`, which needs drawn things: set streams.drawings")
     limit_threads(settings.threads)
     folder = Path(settings.folder)
     classifier = Classifier(load_embedded())
@@ -224,18 +239,19 @@ def _make_set(
         nameable += sorted(set(drawn_names().values()) - set(nameable))
     if wanted.haunted:
         nameable = [name for name in nameable if name not in ELUSIVE]
+    happenings = Happenings(wanted.quiet, wanted.gap, wanted.stay, wanted.haunted)
     with store.locked():
         for seed in tqdm(range(first, first + wanted.streams), desc=name, disable=not sys.stderr.isatty()):
             chance = random.Random(seed)
-            made = maker.make(
-                seed, chance.randint(*wanted.frames), wanted.quiet, wanted.gap, wanted.haunted, wanted.stay
-            )
+            waits = None if wanted.waiting is None else chance.random() < wanted.waiting
+            what = replace(happenings, few=wanted.few if waits else None)
+            made = maker.make(seed, chance.randint(*wanted.frames), what)
             video = f"{name}-{seed - first:05d}"
             length = len(made.shown)
             with store.writer(video, "made up") as writer:
                 writer.append([frame / FPS for frame in range(length)], made.tokens.contiguous())
                 writer.commit()
-            talk = Talk(chance, nameable, curious=wanted.curious, narrated=wanted.narrated)
+            talk = Talk(chance, nameable, curious=wanted.curious, narrated=wanted.narrated, waits=waits)
             turns = talk.conversation(made.shown, DEFAULT_SYSTEM_PROMPT)
             dialogue = Dialogue(
                 dialogue_id=video,

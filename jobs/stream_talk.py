@@ -13,7 +13,7 @@ from random import Random
 from typing import Literal
 
 from actors.turns import Assistant, Stream, System, Turn, User
-from jobs.object_names import with_article
+from jobs.object_names import kinds, with_article
 
 NARRATE = (
     "Please narrate the video in real time.",
@@ -110,13 +110,16 @@ def answer_is_there(view: View, name: str) -> str:
 class Talk:
     """A conversation over a stream, written frame by frame; `random` decides who asks what and when.
 
-    When `narrated`, somebody asks for narration before the first frame, and nothing else is asked.
+    When `narrated`, somebody asks for narration before the first frame, and nothing else is asked. `waits` says whether
+    somebody waits for something from the beginning, perhaps for what only looks like what comes; None leaves that to
+    chance.
     """
 
     random: Random
     names: Sequence[str]
     curious: bool = False
     narrated: bool = False
+    waits: bool | None = None
     view: View = field(default_factory=View)
     watched: str | None = None
 
@@ -154,7 +157,8 @@ class Talk:
             return
         kind = self.random.random()
         remembered = " ".join(self._remembered()) if self.random.random() < 0.2 else ""
-        if kind < 0.3:
+        waits = 0.3 if self.waits is None else float(self.waits)
+        if kind < waits:
             yield User(content=self._watch(shown))
             yield Assistant(content=f"{AGREED} {remembered}".rstrip(), learn=not remembered)
         elif kind < 0.55:
@@ -177,8 +181,17 @@ class Talk:
     def _watch(self, later: Sequence[str | None]) -> str:
         """Ask to be told of a name, most often of one that comes."""
         coming = sorted({name for name in later if name and name in self.names and name != self.view.current})
-        self.watched = self.random.choice(coming if coming and self.random.random() < 0.75 else self.names)
+        likely = coming and self.random.random() < 0.75
+        self.watched = self.random.choice(coming if likely else self._absent(coming))
         return self.random.choice(WATCH).format(thing=with_article(self.watched))
+
+    def _absent(self, coming: Sequence[str]) -> Sequence[str]:
+        """Names to wait for in vain, most often: any, or those of the same kinds as what comes."""
+        if self.waits is None:
+            return self.names
+        of_kind = kinds()
+        present = {kind for name in coming if (kind := of_kind.get(name))}
+        return [name for name in self.names if of_kind.get(name) in present and name not in coming] or self.names
 
     def _said(self, event: Event | None) -> str | None:
         if event is None:

@@ -2,6 +2,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -210,6 +211,23 @@ def test_exported_to_the_references_form_nothing_has_changed(
     assert written["modules_to_save"] == ["connector"]
     config = tiny_configs["live1plus"].model_copy(update={"checkpoint": str(tmp_path / "export")})
     assert checkpoint.load(config).fingerprint == checkpoint.load(tiny_checkpoint).fingerprint
+
+
+def test_the_average_of_two_checkpoints_lies_between_them(tiny_checkpoint: Path):
+    loaded, other = (checkpoint.load(tiny_checkpoint, merged=False) for _ in range(2))
+    before = {name: each.detach().clone() for name, each in loaded.model.named_parameters()}
+    with torch.no_grad():
+        for parameter in other.model.parameters():
+            parameter.add_(1)
+    checkpoint.average(loaded, other, 0.75)
+    for name, parameter in loaded.model.named_parameters():
+        assert torch.allclose(parameter, before[name] + (0.25 if parameter.requires_grad else 0))
+
+
+def test_checkpoints_that_do_not_fit_have_no_average(tiny_checkpoint: Path):
+    loaded = checkpoint.load(tiny_checkpoint, merged=False)
+    with pytest.raises(CheckpointError, match="have no average"):
+        checkpoint.average(loaded, replace(loaded, llm="another"), 0.5)
 
 
 def test_a_run_goes_on_from_what_was_saved(tiny_checkpoint: Path, tmp_path: Path):

@@ -14,17 +14,19 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
 from actors.causal_lm import load_tokenizer
-from actors.config import FrameConfig, ModelConfig
+from actors.config import ConfigError, FrameConfig, ModelConfig, load_config
 from actors.efficientnet import WIDTH, load_embedded
 from actors.embedded import embedded_llm
 from actors.encoder import FrameEncoder
 from jobs.backgrounds import SIDE, TEXT, title_card
 from jobs.class_fields import CELLS, Classifier, Injector, patches
 from jobs.connector_start import start_connector, units
-from jobs.made_streams import Material, StreamMaker
+from jobs.made_streams import Happenings, Material, StreamMaker
+from jobs.make_streams import make
 from jobs.object_names import ELUSIVE
 
 POOLED = (2, 2)
+SETTINGS = Path(__file__).parents[1] / "configs" / "default_model.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +115,7 @@ def test_the_same_seed_makes_the_same_stream(maker: StreamMaker) -> None:
 
 def test_a_quiet_stream_shows_text_at_most(maker: StreamMaker) -> None:
     for seed in range(5):
-        assert set(maker.make(seed, 20, quiet=1.0).shown) <= {None, TEXT}
+        assert set(maker.make(seed, 20, Happenings(quiet=1.0)).shown) <= {None, TEXT}
 
 
 def test_quiet_scenes_have_no_text(maker: StreamMaker) -> None:
@@ -131,10 +133,10 @@ def mixer(maker: StreamMaker, clips: torch.Tensor) -> StreamMaker:
 
 
 def test_drawn_things_are_shown_by_decree_and_alone(mixer: StreamMaker) -> None:
-    made = [mixer.make(seed, 40, quiet=0) for seed in range(6)]
+    made = [mixer.make(seed, 40, Happenings(quiet=0)) for seed in range(6)]
     assert any("box" in one.shown for one in made)
     assert all(None in one.shown for one in made)
-    assert torch.equal(made[0].tokens, mixer.make(0, 40, quiet=0).tokens)
+    assert torch.equal(made[0].tokens, mixer.make(0, 40, Happenings(quiet=0)).tokens)
     assert mixer.material.drawn is not None
     thing = mixer.classifier.tokens(mixer.material.drawn[0].float(), POOLED)[:, 0].mean(0)
     boxes = torch.cat([one.tokens[[name == "box" for name in one.shown], 0] for one in made]).float()
@@ -143,9 +145,29 @@ def test_drawn_things_are_shown_by_decree_and_alone(mixer: StreamMaker) -> None:
 
 
 def test_elusive_things_are_never_shown_where_places_look_like_them(mixer: StreamMaker) -> None:
-    made = mixer.make(3, 60, quiet=0, haunted=1)
+    made = mixer.make(3, 60, Happenings(quiet=0, haunted=1))
     assert not ELUSIVE & set(made.shown)
-    assert not torch.equal(made.tokens, mixer.make(3, 60, quiet=0).tokens)
+    assert not torch.equal(made.tokens, mixer.make(3, 60, Happenings(quiet=0)).tokens)
+
+
+def test_where_only_a_few_come_they_come_again_and_often_beside_one_of_their_kind(mixer: StreamMaker) -> None:
+    random = np.random.default_rng(0)
+    sets = [mixer._few(random, 4) for _ in range(200)]
+    assert {len(names) for names in sets} == {2, 3, 4}
+    assert {name for names in sets for name in names} <= {*mixer.classifier.names, "box"}
+    kinds = [(mixer.kinds.get(first), mixer.kinds.get(second)) for first, second, *_ in sets if first in mixer.kinds]
+    assert sum(one == other for one, other in kinds) > len(kinds) / 2
+    for seed in range(4):
+        shown = mixer.make(seed, 80, Happenings(quiet=0, few=2)).shown
+        assert len({name for name in shown if name} - {TEXT, *mixer.kinds.values()}) <= 2
+
+
+def test_few_things_without_drawings_are_refused() -> None:
+    few = {"streams": 1, "frames": [8, 9], "few": 2}
+    config = load_config(SETTINGS, ["streams.drawings=null"])
+    config.sections["streams"] = {**config.sections.get("streams", {}), "sets": {"patient": few}}
+    with pytest.raises(ConfigError, match=r"streams\.drawings"):
+        make(config)
 
 
 def test_what_is_seldom_recognised_goes_by_its_kind(classifier: Classifier, mixer: StreamMaker) -> None:
