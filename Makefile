@@ -12,6 +12,9 @@ WIDE := streams.folder=runs/default/wide streams.seed=7 streams.drawings=runs/de
   'streams.sets={"mixed": {"streams": 1300, "frames": [30, 90], "curious": true, "quiet": 0.15}}'
 CALM := streams.folder=runs/default/wide streams.seed=70000007 streams.drawings=runs/default/package/assets \
   'streams.sets={"calm": {"streams": 600, "frames": [30, 90], "curious": true, "quiet": 0.15, "haunted": 0.35}}'
+PATIENT := streams.folder=runs/default/wide streams.seed=130000007 streams.drawings=runs/default/package/assets \
+  'streams.sets={"patient3": {"streams": 300, "frames": [30, 90], "curious": true, "quiet": 0.15, "haunted": 0.35, \
+  "few": 4, "waiting": 0.5}}'
 MADE = data.folder=runs/default/$(1)/dialogues store.folder=runs/default/$(1)/tokens
 
 .PHONY: help demo serve finetune train-default test test-slow cluster-test chaos soak lint
@@ -55,7 +58,11 @@ train-default: $(INSTALLED)
 	$(RUN) -m jobs.make_streams $(DEFAULT) $(CALM)
 	$(RUN) -m jobs.train $(DEFAULT) training.name=calm model.checkpoint=runs/default/runs/wide/checkpoint \
 	  $(call MADE,wide/calm) training.max_steps=260 training.learning_rate=4e-4 training.connector_learning_rate=1e-4
-	$(RUN) -m jobs.export_checkpoint $(DEFAULT) model.checkpoint=runs/default/runs/calm/checkpoint \
+	$(RUN) -m jobs.make_streams $(DEFAULT) $(PATIENT)
+	$(RUN) -m jobs.train $(DEFAULT) training.name=patient model.checkpoint=runs/default/runs/calm/checkpoint \
+	  $(call MADE,wide/patient3) training.max_steps=140 training.learning_rate=2.5e-4 training.connector_learning_rate=2e-5
+	$(RUN) -m jobs.export_checkpoint $(DEFAULT) model.checkpoint=runs/default/runs/patient/checkpoint \
+	  export.average_with=runs/default/runs/calm/checkpoint export.share=0.6 \
 	  export.folder=runs/default/model export.replace=true
 	$(RUN) -m jobs.evaluate $(DEFAULT) model.checkpoint=runs/default/model $(call MADE,wide/calm) \
 	  evaluation.calibrate=true evaluation.folder=runs/default/evaluation
