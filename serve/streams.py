@@ -43,6 +43,7 @@ router = APIRouter(tags=["server-side streams"])
 
 Status = Literal["running", "ended", "failed"]
 ENDED_KEPT = 64
+SETTLED_S = 5.0
 
 
 class StreamRequest(BaseModel):
@@ -313,7 +314,7 @@ async def _told(gateway: Gateway, client: str, stream: Stream, meta: SessionMeta
                 translator.events(position, entry, include, lambda _: stream.session, meta.settings.suppress_duplicates)
             )
             if isinstance(entry, SessionEndedEntry):
-                now = await _one(gateway, client, stream.id)
+                now = await _ended(gateway, client, stream.id)
                 if now.error:
                     yield as_sse(failure("source_failed", now.error))
                 usage = Usage(input_tokens=entry.positions - entry.spoken, output_tokens=entry.spoken)
@@ -339,6 +340,17 @@ async def _one(gateway: Gateway, client: str, stream_id: str) -> Stream:
         if stream.id == stream_id:
             return stream
     raise ApiError(404, "not_found", f"stream {stream_id!r:.80} is not there (any more)", "stream_id")
+
+
+async def _ended(gateway: Gateway, client: str, stream_id: str) -> Stream:
+    """The stream once the gateway that reads it knows the end of its log, too, and has counted all frames before it.
+
+    As far as that is known after `SETTLED_S`.
+    """
+    deadline = time.monotonic() + SETTLED_S
+    while (stream := await _one(gateway, client, stream_id)).status == "running" and time.monotonic() < deadline:
+        await asyncio.sleep(SETTLED_S / 50)
+    return stream
 
 
 async def _meta(gateway: Gateway, client: str, stream_id: str) -> SessionMeta:

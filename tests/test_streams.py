@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from rtsp_server import camera
 from test_chat_completions import make_clip
 from test_url_guard import Server
 
+from serve import streams
+from serve.conversation import Conversation
 from serve.server_events import AnyServerEvent, ErrorEvent, FrameDecided, ItemAdded, SessionEnded, TextDone, parse_event
 
 DEADLINE_S = 60
@@ -93,6 +96,19 @@ def test_last_event_id_goes_on_behind_that_event(url: str, videos: Path) -> None
         answer = httpx.get(f"{url}/v1/streams/{stream_id}/events", headers={"Last-Event-ID": wrong})
         assert answer.status_code == 422
         assert answer.json()["error"]["code"] == "bad_position"
+
+
+def test_all_frames_are_counted_at_the_end_however_slowly_the_reader_follows(
+    url: str, videos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def slowly(conversation: Conversation) -> None:
+        async for _ in conversation.events():
+            await asyncio.sleep(0.2)
+
+    monkeypatch.setattr(streams, "_to_the_end", slowly)
+    *_, (_, ended) = events(url, start(url, videos / "clip.mp4").json()["id"])
+    assert isinstance(ended, SessionEnded)
+    assert ended.frames.decided == ended.frames.admitted > 0
 
 
 def test_questions_are_answered_among_the_events(url: str, videos: Path) -> None:
