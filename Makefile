@@ -8,11 +8,12 @@ INSTALLED := $(VENV)/.installed
 
 DEFAULT := configs/default_model.yaml
 EMOJI := @lobehub/fluent-emoji-3d@1.1.0
-WIDE := streams.folder=runs/default/wide streams.seed=7 streams.drawings=runs/default/package/assets \
+WITH_DRAWINGS := streams.folder=runs/default/wide streams.drawings=runs/default/package/assets
+WIDE := $(WITH_DRAWINGS) streams.seed=7 \
   'streams.sets={"mixed": {"streams": 1300, "frames": [30, 90], "curious": true, "quiet": 0.15}}'
-CALM := streams.folder=runs/default/wide streams.seed=70000007 streams.drawings=runs/default/package/assets \
+CALM := $(WITH_DRAWINGS) streams.seed=70000007 \
   'streams.sets={"calm": {"streams": 600, "frames": [30, 90], "curious": true, "quiet": 0.15, "haunted": 0.35}}'
-PATIENT := streams.folder=runs/default/wide streams.seed=130000007 streams.drawings=runs/default/package/assets \
+PATIENT := $(WITH_DRAWINGS) streams.seed=130000007 \
   'streams.sets={"patient3": {"streams": 300, "frames": [30, 90], "curious": true, "quiet": 0.15, "haunted": 0.35, \
   "few": 4, "waiting": 0.5}}'
 MADE = data.folder=runs/default/$(1)/dialogues store.folder=runs/default/$(1)/tokens

@@ -215,12 +215,13 @@ def average(loaded: Loaded, other: Loaded, share: float) -> None:
     Both come from `load` with merged=False. Between a model and what it was fine-tuned to lie models that know what
     both know (Wortsman et al. 2022, arXiv:2109.01903). Raises CheckpointError where the two do not fit.
     """
-    same = (loaded.llm, loaded.features, loaded.adapter) == (other.llm, other.features, other.adapter)
-    if not same or loaded.config.frames != other.config.frames:
-        raise CheckpointError(
-            f"two checkpoints of language model {loaded.llm} and {other.llm}, features {loaded.features} and "
-            f"{other.features}, adapters {loaded.adapter} and {other.adapter} have no average: all must be equal"
-        )
+    ours, theirs = (
+        {"llm": one.llm, "features": one.features, "frames": one.config.frames, "adapter": one.adapter}
+        for one in (loaded, other)
+    )
+    differing = [f"{part} {found} and {theirs[part]}" for part, found in ours.items() if found != theirs[part]]
+    if differing:
+        raise CheckpointError(f"checkpoints of {'; '.join(differing)} have no average: these must be equal")
     others = dict(other.model.named_parameters())
     for name, parameter in loaded.model.named_parameters():
         if parameter.requires_grad:

@@ -179,7 +179,8 @@ def report(config: Config) -> None:
     films = _films(settings)
     results: dict[str, object] = {}
     change = CHANGES[1]
-    if films is not None and (settings.calibrate or {"samples", "photos"} & set(settings.parts)):
+    controlled = "samples" in settings.parts or "photos" in settings.parts
+    if films is not None and (settings.calibrate or controlled):
         dev = [films.dev.stream(seed) for seed in range(settings.dev_streams)]
         tokens = [reporter.encode(stream.frames) for stream in dev]
         events = [[one.event for one in stream.events] for stream in dev]
@@ -188,7 +189,9 @@ def report(config: Config) -> None:
             results["calibration"] = _calibrate(reporter, tokens, events, str(config.model.checkpoint))
     elif settings.calibrate:
         raise PhotosError("report.calibrate needs report.cutouts and report.scenes: see docs/default-model.md")
-    results |= {"threshold": reporter.threshold, "change_detector": change}
+    results["threshold"] = reporter.threshold
+    if controlled:
+        results["change_detector"] = change
     if "samples" in settings.parts:
         results["samples"] = _samples(reporter, Path(settings.samples), change)
     if films is not None and "photos" in settings.parts:

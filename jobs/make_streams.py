@@ -17,7 +17,6 @@ import itertools
 import logging
 import random
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -239,12 +238,12 @@ def _make_set(
         nameable += sorted(set(drawn_names().values()) - set(nameable))
     if wanted.haunted:
         nameable = [name for name in nameable if name not in ELUSIVE]
-    happenings = Happenings(wanted.quiet, wanted.gap, wanted.stay, wanted.haunted)
     with store.locked():
         for seed in tqdm(range(first, first + wanted.streams), desc=name, disable=not sys.stderr.isatty()):
             chance = random.Random(seed)
             waits = None if wanted.waiting is None else chance.random() < wanted.waiting
-            what = replace(happenings, few=wanted.few if waits else None)
+            few = wanted.few if waits else None
+            what = Happenings(wanted.quiet, wanted.gap, wanted.stay, wanted.haunted, few)
             made = maker.make(seed, chance.randint(*wanted.frames), what)
             video = f"{name}-{seed - first:05d}"
             length = len(made.shown)

@@ -163,9 +163,7 @@ def test_where_only_a_few_come_they_come_again_and_often_beside_one_of_their_kin
 
 
 def test_few_things_without_drawings_are_refused() -> None:
-    few = {"streams": 1, "frames": [8, 9], "few": 2}
-    config = load_config(SETTINGS, ["streams.drawings=null"])
-    config.sections["streams"] = {**config.sections.get("streams", {}), "sets": {"patient": few}}
+    config = load_config(SETTINGS, ['streams.sets={"patient": {"streams": 1, "frames": [8, 9], "few": 2}}'])
     with pytest.raises(ConfigError, match=r"streams\.drawings"):
         make(config)
 
