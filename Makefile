@@ -10,9 +10,9 @@ DEFAULT := configs/default_model.yaml
 EMOJI := @lobehub/fluent-emoji-3d@1.1.0
 WITH_DRAWINGS := streams.folder=runs/default/wide streams.drawings=runs/default/package/assets
 WIDE := $(WITH_DRAWINGS) streams.seed=7 \
-  'streams.sets={"mixed": {"streams": 1300, "frames": [30, 90], "curious": true, "quiet": 0.15}}'
+  'streams.sets={"mixed": {"streams": 900, "frames": [30, 90], "curious": true, "quiet": 0.15}}'
 CALM := $(WITH_DRAWINGS) streams.seed=70000007 \
-  'streams.sets={"calm": {"streams": 600, "frames": [30, 90], "curious": true, "quiet": 0.15, "haunted": 0.35}}'
+  'streams.sets={"calm": {"streams": 400, "frames": [30, 90], "curious": true, "quiet": 0.15, "haunted": 0.35}}'
 PATIENT := $(WITH_DRAWINGS) streams.seed=130000007 \
   'streams.sets={"patient3": {"streams": 300, "frames": [30, 90], "curious": true, "quiet": 0.15, "haunted": 0.35, \
   "few": 4, "waiting": 0.5}}'
@@ -47,15 +47,13 @@ finetune: $(INSTALLED)
 train-default: $(INSTALLED)
 	$(RUN) -m jobs.make_streams $(DEFAULT)
 	$(RUN) -m jobs.train $(DEFAULT) training.name=dense model.checkpoint=runs/default/connector $(call MADE,dense) \
-	  training.batch_size=8 training.max_steps=85 training.learning_rate=1e-3 training.connector_learning_rate=2e-4
+	  training.batch_size=8 training.max_steps=120 training.learning_rate=1e-3 training.connector_learning_rate=2e-4
 	$(RUN) -m jobs.train $(DEFAULT) training.name=long model.checkpoint=runs/default/runs/dense/checkpoint $(call MADE,long) \
-	  training.max_steps=1000 training.stop_at=220 training.learning_rate=8e-4
-	$(RUN) -m jobs.train $(DEFAULT) training.name=final model.checkpoint=runs/default/runs/long/checkpoint $(call MADE,long) \
-	  training.seed=1
+	  training.max_steps=450 training.learning_rate=8e-4
 	cd runs/default && npm pack --silent $(EMOJI) && tar -xzf lobehub-fluent-emoji-3d-*.tgz
 	$(RUN) -m jobs.make_streams $(DEFAULT) $(WIDE)
-	$(RUN) -m jobs.train $(DEFAULT) training.name=wide model.checkpoint=runs/default/runs/final/checkpoint \
-	  $(call MADE,wide/mixed) training.max_steps=600 training.learning_rate=5e-4 training.connector_learning_rate=2e-4
+	$(RUN) -m jobs.train $(DEFAULT) training.name=wide model.checkpoint=runs/default/runs/long/checkpoint \
+	  $(call MADE,wide/mixed) training.max_steps=700 training.learning_rate=5e-4 training.connector_learning_rate=2e-4
 	$(RUN) -m jobs.make_streams $(DEFAULT) $(CALM)
 	$(RUN) -m jobs.train $(DEFAULT) training.name=calm model.checkpoint=runs/default/runs/wide/checkpoint \
 	  $(call MADE,wide/calm) training.max_steps=260 training.learning_rate=4e-4 training.connector_learning_rate=1e-4

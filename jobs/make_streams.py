@@ -94,8 +94,8 @@ class StreamsConfig(Section):
     threads: int = Field(default=1, ge=1)
     sets: dict[str, StreamSet] = Field(
         default={
-            "dense": StreamSet(streams=1000, frames=(16, 28), gap=(2, 8), quiet=0.05),
-            "long": StreamSet(streams=1600, frames=(30, 90)),
+            "dense": StreamSet(streams=1000, frames=(20, 30), gap=(1, 5), stay=(3, 7), quiet=0.03),
+            "long": StreamSet(streams=500, frames=(30, 90)),
         }
     )
 
@@ -109,6 +109,12 @@ def make(config: Config) -> None:
             f"made-up streams are of the embedded encoder's classifier: model.vision is {model.vision!r} with frames "
             f"{model.frames}, expected 'embedded' with cls and pooled"
         )
+    for name, wanted in settings.sets.items():
+        if wanted.few is not None and wanted.waiting is None:
+            raise ConfigError(
+                f"streams.sets.{name} has `few`, which is for the streams in which somebody waits, and no `waiting`: "
+                "set their share"
+            )
     if settings.drawings is None and any(wanted.few is not None for wanted in settings.sets.values()):
         raise ConfigError("a set of streams.sets has `few`, which needs drawn things: set streams.drawings")
     limit_threads(settings.threads)
