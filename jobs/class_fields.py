@@ -121,8 +121,8 @@ def fitted(
     """Things (B, 320), changed so that the classifier sees them in their places.
 
     By gradient from `start` (B, 320), in the coordinates `spread` (320, 320) in which natural variation is round. What
-    the change does to the pooled features has its price, without which they grow to three times those of
-    photographs, with a hundred classes likelier than a photograph's second.
+    the change does to the pooled features has its price: without it they grow to several times those of photographs,
+    and dozens of classes get logits that a photograph has for a few.
     """
     change = torch.zeros(start.shape, requires_grad=True)
     optimizer = torch.optim.Adam([change], lr=rate)

@@ -21,6 +21,7 @@ from jobs.object_names import ELUSIVE, kinds
 SURE = 0.45  # a name is in view from this probability on
 SEEN = 0.25  # or from this one on, where the thing was put there
 AIMS = (0.3, 0.95)  # how sure the classifier is made of a thing, as it is of those in photographs
+HINTS = (0.05, 0.25)  # how sure of what a place only reminds of
 LOOK = 0.6  # how much of a thing is brought along; the rest is found where it is put
 FIT_STEPS = 14
 GAINS = (1.0, 1.3, 1.7)  # how strongly a thing is put in: the least that the classifier recognises
@@ -204,10 +205,13 @@ class StreamMaker:
             allowed[stop:] = [set()] * (len(fields) - stop)
 
     def _haunt(self, fields: Tensor, share: float, random: np.random.Generator, torch_random: torch.Generator) -> None:
-        """Make a place look like one of the elusive things, as places out of focus do."""
-        if random.random() < share:
-            name = int(random.choice([place for place, name in enumerate(self.classifier.names) if name in ELUSIVE]))
-            fields[:] = self._with_thing(fields, [name], True, random, torch_random)
+        """Make a place look like one of the elusive things, as places out of focus do, or a little like anything."""
+        if random.random() >= share:
+            return
+        elusive = random.random() < 0.5
+        names = [place for place, name in enumerate(self.classifier.names) if not elusive or name in ELUSIVE]
+        name = int(random.choice(names))
+        fields[:] = self._with_thing(fields, [name], True, random, torch_random, AIMS if elusive else HINTS)
 
     def _relative(self, word: str, random: np.random.Generator) -> list[int]:
         """Sometimes something of the same kind: what comes is then hard to tell from either."""
@@ -279,6 +283,7 @@ class StreamMaker:
         cut: bool,
         random: np.random.Generator,
         torch_random: torch.Generator,
+        aims: tuple[float, float] = AIMS,
     ) -> Tensor:
         """The fields with a thing of that name, or one that may be either of two, fitted into its place."""
         count = len(fields)
@@ -299,11 +304,11 @@ class StreamMaker:
         wobble = 1 + 0.08 * torch.randn(count, generator=torch_random)
         some = [count // 3, 2 * count // 3]
         wanted = torch.stack([torch.eq(self.classifier.places, name) for name in names])[None]
-        aim = Aim(wanted, torch.tensor([random.uniform(*AIMS)]), torch.tensor([10 ** -random.uniform(2, 3)]))
+        aim = Aim(wanted, torch.tensor([random.uniform(*aims)]), torch.tensor([10 ** -random.uniform(2, 3)]))
         place = Place(fields[some][None], amount[some][None])
         thing = fitted(self.classifier, self.material.natural, place, look[None], aim, FIT_STEPS)
         placed = (strength * wobble)[:, None, None] * amount * thing
-        for gain in GAINS:
+        for gain in GAINS if aims == AIMS else (1.0,):
             changed = fields + gain * placed
             _, seen = self.classifier.named(self.classifier.features(changed).mean(1))
             if float(torch.isin(seen, torch.tensor(names)).sum()) >= RECOGNISED * count:
