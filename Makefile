@@ -10,9 +10,11 @@ DEFAULT := configs/default_model.yaml
 EMOJI := @lobehub/fluent-emoji-3d@1.1.0
 WITH_DRAWINGS := streams.folder=runs/default/wide streams.drawings=runs/default/package/assets
 WIDE := $(WITH_DRAWINGS) streams.seed=7 \
-  'streams.sets={"mixed": {"streams": 1000, "frames": [30, 90], "curious": true, "quiet": 0.2, "haunted": 0.5}}'
+  'streams.sets={"mixed": {"streams": 1300, "frames": [30, 90], "curious": true, "quiet": 0.15}}'
+CALM := $(WITH_DRAWINGS) streams.seed=70000007 \
+  'streams.sets={"calm": {"streams": 600, "frames": [30, 90], "curious": true, "quiet": 0.15, "haunted": 0.35}}'
 PATIENT := $(WITH_DRAWINGS) streams.seed=130000007 \
-  'streams.sets={"patient": {"streams": 300, "frames": [30, 90], "curious": true, "quiet": 0.2, "haunted": 0.5, \
+  'streams.sets={"patient3": {"streams": 300, "frames": [30, 90], "curious": true, "quiet": 0.15, "haunted": 0.35, \
   "few": 4, "waiting": 0.5}}'
 MADE = data.folder=runs/default/$(1)/dialogues store.folder=runs/default/$(1)/tokens
 
@@ -45,20 +47,25 @@ finetune: $(INSTALLED)
 train-default: $(INSTALLED)
 	$(RUN) -m jobs.make_streams $(DEFAULT)
 	$(RUN) -m jobs.train $(DEFAULT) training.name=dense model.checkpoint=runs/default/connector $(call MADE,dense) \
-	  training.batch_size=8 training.max_steps=120 training.learning_rate=1e-3 training.connector_learning_rate=2e-4
+	  training.batch_size=8 training.max_steps=85 training.learning_rate=1e-3 training.connector_learning_rate=2e-4
 	$(RUN) -m jobs.train $(DEFAULT) training.name=long model.checkpoint=runs/default/runs/dense/checkpoint $(call MADE,long) \
-	  training.max_steps=450 training.learning_rate=8e-4
+	  training.max_steps=1000 training.stop_at=220 training.learning_rate=8e-4
+	$(RUN) -m jobs.train $(DEFAULT) training.name=final model.checkpoint=runs/default/runs/long/checkpoint $(call MADE,long) \
+	  training.seed=1
 	cd runs/default && npm pack --silent $(EMOJI) && tar -xzf lobehub-fluent-emoji-3d-*.tgz
 	$(RUN) -m jobs.make_streams $(DEFAULT) $(WIDE)
-	$(RUN) -m jobs.train $(DEFAULT) training.name=wide model.checkpoint=runs/default/runs/long/checkpoint \
-	  $(call MADE,wide/mixed) training.max_steps=880 training.learning_rate=5e-4 training.connector_learning_rate=2e-4
+	$(RUN) -m jobs.train $(DEFAULT) training.name=wide model.checkpoint=runs/default/runs/final/checkpoint \
+	  $(call MADE,wide/mixed) training.max_steps=600 training.learning_rate=5e-4 training.connector_learning_rate=2e-4
+	$(RUN) -m jobs.make_streams $(DEFAULT) $(CALM)
+	$(RUN) -m jobs.train $(DEFAULT) training.name=calm model.checkpoint=runs/default/runs/wide/checkpoint \
+	  $(call MADE,wide/calm) training.max_steps=260 training.learning_rate=4e-4 training.connector_learning_rate=1e-4
 	$(RUN) -m jobs.make_streams $(DEFAULT) $(PATIENT)
-	$(RUN) -m jobs.train $(DEFAULT) training.name=patient model.checkpoint=runs/default/runs/wide/checkpoint \
-	  $(call MADE,wide/patient) training.max_steps=140 training.learning_rate=2.5e-4 training.connector_learning_rate=2e-5
+	$(RUN) -m jobs.train $(DEFAULT) training.name=patient model.checkpoint=runs/default/runs/calm/checkpoint \
+	  $(call MADE,wide/patient3) training.max_steps=140 training.learning_rate=2.5e-4 training.connector_learning_rate=2e-5
 	$(RUN) -m jobs.export_checkpoint $(DEFAULT) model.checkpoint=runs/default/runs/patient/checkpoint \
-	  export.average_with=runs/default/runs/wide/checkpoint export.share=0.6 \
+	  export.average_with=runs/default/runs/calm/checkpoint export.share=0.6 \
 	  export.folder=runs/default/model export.replace=true
-	$(RUN) -m jobs.evaluate $(DEFAULT) model.checkpoint=runs/default/model $(call MADE,wide/mixed) \
+	$(RUN) -m jobs.evaluate $(DEFAULT) model.checkpoint=runs/default/model $(call MADE,wide/calm) \
 	  evaluation.calibrate=true evaluation.folder=runs/default/evaluation
 	$(RUN) -m jobs.default_report configs/embedded.yaml model.checkpoint=runs/default/model $(REPORT)
 

@@ -15,18 +15,14 @@ import torch
 from torch import Tensor
 
 from jobs.backgrounds import TEXT
-from jobs.class_fields import CELLS, Aim, Classifier, Place, ellipses, fitted
+from jobs.class_fields import CELLS, Classifier, ellipses
 from jobs.object_names import ELUSIVE, kinds
 
 SURE = 0.45  # a name is in view from this probability on
-SEEN = 0.25  # or from this one on, where the thing was put there
-AIMS = (0.3, 0.95)  # how sure the classifier is made of a thing, as it is of those in photographs
-HINTS = (0.05, 0.25)  # how sure of what a place only reminds of
-LOOK = 0.6  # how much of a thing is brought along; the rest is found where it is put
-FIT_STEPS = 14
-GAINS = (1.0, 1.3, 1.7)  # how strongly a thing is put in: the least that the classifier recognises
+GAINS = (1.0, 1.4, 1.9)  # how strongly a thing is put in: the least that the classifier recognises
+BLEND, BLENDED = 0.55, (1.6,)  # where it need not
 RECOGNISED = 0.6
-SURE_OF_KIND = 0.4
+SURE_OF_KIND = 0.55
 DRAWN = 0.5  # share of what comes
 ALIKE = 0.6  # share of streams of few names in which two are of one kind, if the first is of any
 
@@ -98,32 +94,21 @@ class StreamMaker:
         random = np.random.default_rng(seed)
         torch_random = torch.Generator().manual_seed(seed)
         fields, allowed = self._background(random, length)
-        put = list[tuple[int, int, list[str]]]()
         if random.random() >= what.quiet:
             for start, stop, cut in self._schedule(random, length, what):
                 if cut:
                     rest, names = self._background(random, length - start)
                     fields[start:], allowed[start:] = rest, names
                 name = int(random.integers(len(self.classifier.names)))
-                fields[start:stop] = self._with_thing(fields[start:stop], [name], cut, random, torch_random)
+                fields[start:stop] = self._with_thing(fields[start:stop], name, cut, random, torch_random)
                 allowed[start:stop] = [{*names, self.classifier.names[name]} for names in allowed[start:stop]]
-                put.append((start, stop, [self.classifier.names[name]]))
                 self._flash(fields, stop, random, torch_random)
-        tokens, shown, chances = self._seen(fields, allowed, random, torch_random)
-        for start, stop, words in put:
-            shown[start:stop] = self._called(words, shown[start:stop], chances[start:stop])
-        return Made(tokens.half(), shown)
-
-    def _seen(
-        self, fields: Tensor, allowed: list[set[str]], random: np.random.Generator, torch_random: torch.Generator
-    ) -> tuple[Tensor, list[str | None], Tensor]:
-        """The frames' tokens with noise, what the classifier rightly sees in them, and the chances of all names."""
-        noise = torch.randn(len(fields), 1, 320, generator=torch_random) @ self.material.natural.T
-        tokens = self.classifier.tokens(fields + float(random.choice((0, 0.03, 0.08))) * noise, self.pooled)
-        chances = self.classifier.chances(tokens[:, 0])[:, :-1]
-        sure, place = chances.max(-1)
-        seen = [self.classifier.names[p] if s >= SEEN else None for s, p in zip(sure.tolist(), place, strict=True)]
-        return tokens, [_agreed(name, names) for name, names in zip(seen, allowed, strict=True)], chances
+        noise = torch.randn(length, 1, 320, generator=torch_random) @ self.material.natural.T
+        fields = fields + float(random.choice((0, 0.03, 0.08))) * noise
+        tokens = self.classifier.tokens(fields, self.pooled)
+        sure, place = self.classifier.named(tokens[:, 0])
+        seen = [self.classifier.names[p] if s >= SURE and p >= 0 else None for s, p in zip(sure, place, strict=True)]
+        return Made(tokens.half(), [_agreed(name, names) for name, names in zip(seen, allowed, strict=True)])
 
     def _mixed(self, seed: int, length: int, what: Happenings) -> Made:
         random = np.random.default_rng(seed)
@@ -134,7 +119,7 @@ class StreamMaker:
         if haunted:
             self._haunt(fields, haunted, random, torch_random)
         decided = list[str | None]([None] * length)
-        put = list[tuple[int, int, list[str]]]()
+        put = list[tuple[int, int, str]]()
         before = 0
         for start, stop, cut in self._schedule(random, length, what) if random.random() >= what.quiet else ():
             one = few[int(random.integers(len(few)))] if few else None
@@ -148,17 +133,24 @@ class StreamMaker:
                     if haunted:
                         self._haunt(fields[start:], haunted, random, torch_random)
                 name = int(random.integers(len(self.classifier.names))) if one is None else self.places[one]
-                places = [name, *(self._relative(self.classifier.names[name], random) if one is None else ())]
-                fields[start:stop] = self._with_thing(fields[start:stop], places, cut, random, torch_random)
-                words = [self.classifier.names[place] for place in places]
-                if not haunted or words[0] not in ELUSIVE:
-                    allowed[start:stop] = [{*names, *words} for names in allowed[start:stop]]
-                    put.append((start, stop, words))
+                word = self.classifier.names[name]
+                fields[start:stop] = self._with_thing(
+                    fields[start:stop], name, cut, random, torch_random, self._relative(word, random)
+                )
+                if not haunted or word not in ELUSIVE:
+                    allowed[start:stop] = [{*names, word} for names in allowed[start:stop]]
+                    put.append((start, stop, word))
                 self._flash(fields, stop, random, torch_random)
             before = stop
-        tokens, shown, chances = self._seen(fields, allowed, random, torch_random)
-        for start, stop, words in put:
-            shown[start:stop] = self._called(words, shown[start:stop], chances[start:stop])
+        noise = torch.randn(length, 1, 320, generator=torch_random) @ self.material.natural.T
+        fields = fields + float(random.choice((0, 0.03, 0.08))) * noise
+        tokens = self.classifier.tokens(fields, self.pooled)
+        chances = self.classifier.chances(tokens[:, 0])
+        sure, place = chances[:, :-1].max(-1)
+        seen = [self.classifier.names[p] if s >= SURE else None for s, p in zip(sure.tolist(), place, strict=True)]
+        shown = [_agreed(name, names) for name, names in zip(seen, allowed, strict=True)]
+        for start, stop, word in put:
+            shown[start:stop] = self._called(word, shown[start:stop], chances[start:stop])
         return Made(tokens.half(), [name or agreed for name, agreed in zip(decided, shown, strict=True)])
 
     def _few(self, random: np.random.Generator, most: int) -> list[str]:
@@ -205,38 +197,29 @@ class StreamMaker:
             allowed[stop:] = [set()] * (len(fields) - stop)
 
     def _haunt(self, fields: Tensor, share: float, random: np.random.Generator, torch_random: torch.Generator) -> None:
-        """Make a place look like one of the elusive things, as places out of focus do, or a little like anything."""
-        if random.random() >= share:
-            return
-        elusive = random.random() < 0.5
-        names = [place for place, name in enumerate(self.classifier.names) if not elusive or name in ELUSIVE]
-        name = int(random.choice(names))
-        fields[:] = self._with_thing(fields, [name], True, random, torch_random, AIMS if elusive else HINTS)
+        """Make a place look like one of the elusive things, as places out of focus do."""
+        if random.random() < share:
+            name = int(random.choice([place for place, name in enumerate(self.classifier.names) if name in ELUSIVE]))
+            fields[:] = self._with_thing(fields, name, True, random, torch_random)
 
-    def _relative(self, word: str, random: np.random.Generator) -> list[int]:
-        """Sometimes something of the same kind: what comes is then hard to tell from either."""
+    def _relative(self, word: str, random: np.random.Generator) -> Tensor | None:
+        """Sometimes something of the same kind, to be blended with: what comes is then hard to tell from either."""
         kind = self.kinds.get(word)
         if kind is None or random.random() < 0.35:
-            return []
+            return None
         of_kind = [place for place, name in enumerate(self.classifier.names) if self.kinds.get(name) == kind]
-        return [of_kind[int(random.integers(len(of_kind)))]]
+        owned = self.by_name[of_kind[int(random.integers(len(of_kind)))]]
+        return self.material.things[owned[int(random.integers(len(owned)))]].float()
 
-    def _called(self, words: Sequence[str], seen: Sequence[str | None], chances: Tensor) -> list[str | None]:
-        """What a thing that was put in is called while it is there.
-
-        That is its name if it is often seen, which then stays while the classifier gives it half of SEEN. What may be
-        either of two `words` of a kind goes by its kind, unless the classifier is sure of one of them.
-        """
-        word = max(words, key=lambda one: sum(name == one for name in seen))
-        chance = chances[:, self.places[word]]
-        kind = self.kinds.get(word) if len(words) > 1 else None
-        if kind is not None and float(chance.median()) < SURE:
-            of_kind = [place for place, name in enumerate(self.classifier.names) if self.kinds.get(name) == kind]
-            likely = chances[:, of_kind].sum(1) >= SURE_OF_KIND
-            return [kind if there else None for there in likely.tolist()]
-        if sum(name == word for name in seen) > len(seen) / 3:
-            return [word if there else name for name, there in zip(seen, (chance >= SEEN / 2).tolist(), strict=True)]
-        return list(seen)
+    def _called(self, word: str, seen: Sequence[str | None], chances: Tensor) -> list[str | None]:
+        """What a thing that was put in is called while it is there: its name if it is often seen, else its kind."""
+        kind = self.kinds.get(word)
+        if kind is None:
+            return list(seen)
+        of_kind = [place for place, name in enumerate(self.classifier.names) if self.kinds.get(name) == kind]
+        likely = (chances[:, of_kind].sum(1) >= SURE_OF_KIND).tolist()
+        called = word if sum(name == word for name in seen) > len(seen) / 3 else kind
+        return [name or (called if alike else None) for name, alike in zip(seen, likely, strict=True)]
 
     def quiet(self, seed: int, length: int) -> Tensor:
         """Frame tokens (length, N, 1280) fp16 of scenes without anything that has a name, each for a minute or more."""
@@ -279,16 +262,18 @@ class StreamMaker:
     def _with_thing(
         self,
         fields: Tensor,
-        names: Sequence[int],
+        name: int,
         cut: bool,
         random: np.random.Generator,
         torch_random: torch.Generator,
-        aims: tuple[float, float] = AIMS,
+        relative: Tensor | None = None,
     ) -> Tensor:
-        """The fields with a thing of that name, or one that may be either of two, fitted into its place."""
+        """The fields with a thing of that name, as strong as it must be to be recognised, or half a `relative`."""
         count = len(fields)
-        looks = [int(self.by_name[name][int(random.integers(len(self.by_name[name])))]) for name in names]
-        look = LOOK * self.material.things[looks].float().mean(0)
+        owned = self.by_name[name]
+        thing = self.material.things[owned[int(random.integers(len(owned)))]].float()
+        if relative is not None:
+            thing = (thing + relative) * BLEND
         centre = torch.from_numpy(
             3
             + 1.2 * random.standard_normal((1, 2))
@@ -302,16 +287,11 @@ class StreamMaker:
         if count > 6 and random.random() < 0.15:
             strength[int(random.integers(4, count - 1))] = 0
         wobble = 1 + 0.08 * torch.randn(count, generator=torch_random)
-        some = [count // 3, 2 * count // 3]
-        wanted = torch.stack([torch.eq(self.classifier.places, name) for name in names])[None]
-        aim = Aim(wanted, torch.tensor([random.uniform(*aims)]), torch.tensor([10 ** -random.uniform(2, 3)]))
-        place = Place(fields[some][None], amount[some][None])
-        thing = fitted(self.classifier, self.material.natural, place, look[None], aim, FIT_STEPS)
         placed = (strength * wobble)[:, None, None] * amount * thing
-        for gain in GAINS if aims == AIMS else (1.0,):
+        for gain in GAINS if relative is None else BLENDED:
             changed = fields + gain * placed
-            _, seen = self.classifier.named(self.classifier.features(changed).mean(1))
-            if float(torch.isin(seen, torch.tensor(names)).sum()) >= RECOGNISED * count:
+            sure, place = self.classifier.named(self.classifier.features(changed).mean(1))
+            if float(sure[place == name].sum()) >= RECOGNISED * count:
                 break
         return changed
 
@@ -320,7 +300,7 @@ class StreamMaker:
         at += int(random.integers(1, 4))
         if at < len(fields) and random.random() < 0.12:
             other = int(random.integers(len(self.classifier.names)))
-            fields[at : at + 1] = self._with_thing(fields[at : at + 1], [other], True, random, torch_random)
+            fields[at : at + 1] = self._with_thing(fields[at : at + 1], other, True, random, torch_random)
 
 
 def _agreed(seen: str | None, allowed: set[str]) -> str | None:

@@ -94,8 +94,8 @@ class StreamsConfig(Section):
     threads: int = Field(default=1, ge=1)
     sets: dict[str, StreamSet] = Field(
         default={
-            "dense": StreamSet(streams=1000, frames=(20, 30), gap=(1, 5), stay=(3, 7), quiet=0.03),
-            "long": StreamSet(streams=500, frames=(30, 90)),
+            "dense": StreamSet(streams=1000, frames=(16, 28), gap=(2, 8), quiet=0.05),
+            "long": StreamSet(streams=1600, frames=(30, 90)),
         }
     )
 
