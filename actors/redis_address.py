@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 REDIS_PORT = 6379
 SENTINEL_PORT = 26379
@@ -66,12 +66,12 @@ class RedisAddress:
 def parse(url: str) -> RedisAddress:
     """The parts of an address. Raises AddressError."""
     try:
-        parts = urlsplit(url)
+        netloc, parts = _split(url)
         kind, tls = _scheme(parts.scheme)
         if parts.fragment:
             raise ValueError("fragment")
         options = dict(parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
-        userinfo, _, hosts = parts.netloc.rpartition("@")
+        userinfo, _, hosts = netloc.rpartition("@")
         user, _, password = userinfo.partition(":")
         login = unquote(user) or None, unquote(password) or None
         database = int(options.pop("db", "0"))
@@ -106,6 +106,13 @@ def parse(url: str) -> RedisAddress:
         ) from None
     _refuse_rest(options, tls)
     return address
+
+
+def _split(url: str) -> tuple[str, SplitResult]:
+    """Login and hosts, and the rest of the address: urlsplit takes one host, and some versions refuse `h,[::1]:2`."""
+    scheme, colon, rest = url.partition("://")
+    end = min((at for at in map(rest.find, "/?#") if at >= 0), default=len(rest))
+    return rest[:end], urlsplit(f"{scheme}{colon}{rest[end:]}")
 
 
 def _scheme(scheme: str) -> tuple[Kind, bool]:
