@@ -282,6 +282,7 @@ class ChaosClient:
             self.books.heard.append(str(item["id"]))
         elif kind == "session.ended":
             self._ended = True
+            self._acknowledge(event)  # the last frames: a status comes once a second, and none after this
             if event["reason"] != NORMAL_END:
                 self._note(str(event["reason"]))
 
