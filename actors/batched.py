@@ -14,7 +14,7 @@ from torch import Tensor
 from actors.attention import ATTENTION, Ragged, Span
 from actors.dialogue import Template
 from actors.engine import EngineConfig, KVUse, NoCapacity, StepResult
-from actors.kv import KVMemory, Region
+from actors.kv import PAGE, KVMemory, Region
 from actors.lean import LeanDecoder
 from actors.messages import LogEntry, SessionSettings
 from actors.model import VideoLLM
@@ -94,12 +94,18 @@ class BatchedEngine:
         positions: list[Tensor] = []
         wanted: list[int] = []
         for session, work in plan:
+            region = self._regions[session.session_id]
+            if work.start + len(work.ids) > region.length:  # would be another session's memory
+                raise RuntimeError(
+                    f"session {session.session_id!r} has {work.start + len(work.ids)} positions, its region of the KV "
+                    f"memory {region.length}"
+                )
             first = len(ids)
             ids += work.ids
             frames += work.frames
             wanted += [first + mark for mark in work.marks]
             positions.append(torch.arange(work.start, work.start + len(work.ids)))
-            spans.append(Span(first, len(ids), self._regions[session.session_id].start, work.start))
+            spans.append(Span(first, len(ids), region.start, work.start))
         embeddings = self.model.embed(
             torch.tensor([ids], device=device), torch.stack(frames).to(device) if frames else None
         )
@@ -157,10 +163,10 @@ class BatchedEngine:
         else:
             budget = (self.config.kv_memory_gb or DEFAULT_KV_GB) * 1e9
         positions = int(budget / each)
-        if positions < self.limits.capacity:
+        if positions // PAGE < -(-self.limits.capacity // PAGE):
             raise ValueError(
                 f"engine.kv_memory_gb of {budget / 1e9:.2f} holds {positions} positions, one session needs "
-                f"{self.limits.capacity} ({self.limits.capacity * each / 1e9:.2f} GB): "
+                f"{self.limits.capacity} ({self.limits.capacity * each / 1e9:.2f} GB), both in whole pages of {PAGE}: "
                 "raise it or lower engine.max_positions"
             )
         return positions

@@ -122,12 +122,12 @@ class Context:
             return frame_start if frame_start > start else frame_end
         return stop
 
-    def plan_eviction(self, keep: int, memory_tokens: int) -> Eviction:
-        """The newest groups that fit in `keep` positions behind prompt, pinned query and memory."""
+    def plan_eviction(self, keep: int, memory_tokens: int, system_prompt: str) -> Eviction:
+        """The newest groups that fit in `keep` positions behind the prompt to come, pinned query and memory."""
         lines = [line for line in self.memory.split("\n") if line]
         pinned = self.pinned if len(self.template.plain.encode(self.pinned)) <= keep // 4 else ""
         pinned_at = next((i for i, g in enumerate(self.groups) if any(t.query == pinned for t in g.turns)), -1)
-        base = self.base_cost(self.system_prompt, pinned, memory_tokens)
+        base = self.base_cost(system_prompt, pinned, memory_tokens)
         first = len(self.groups)
         while first > 1 and self.length - self.groups[first - 1].start + base <= keep:
             first -= 1

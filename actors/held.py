@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from actors.bus import Lease, SessionMeta
 from actors.engine import Engine
 from actors.messages import (
+    End,
     Evicted,
     FramesDecided,
     FrameSkipped,
@@ -23,13 +24,16 @@ from actors.messages import (
     MessageError,
     Query,
     QueryConsumed,
+    ResponseEnded,
+    ResponseStarted,
+    ResponseTokens,
     SessionInput,
     SettingsApplied,
     SettingsChange,
     Window,
     decode,
 )
-from actors.session import Session
+from actors.session import REMEMBERED_RESPONSES, Session
 
 logger = logging.getLogger(__name__)
 
@@ -41,14 +45,37 @@ class LostFrames(RuntimeError):
     """Frames that the session's window needs are no longer in Redis."""
 
 
+@dataclass(frozen=True)
+class Told:
+    """What a log says of responses up to some entry: how many there were, their tokens, the latest spontaneous ones."""
+
+    responses: int = 0
+    spoken: int = 0
+    recent: tuple[str, ...] = ()
+    asked: bool = False  # the open one, or the last
+
+    def after(self, entry: LogEntry) -> Told:
+        """With one entry more, as `Session.apply` counts."""
+        match entry:
+            case ResponseStarted():
+                number = int(entry.response_id.rpartition("-")[2])
+                return replace(self, responses=number + 1, asked=entry.query_id is not None)
+            case ResponseTokens():
+                return replace(self, spoken=self.spoken + len(entry.ids))
+            case ResponseEnded() if not self.asked:
+                return replace(self, recent=(*self.recent, entry.text)[-REMEMBERED_RESPONSES:])
+        return self
+
+
 @dataclass
 class Held:
     """Lease, session and log position; `cursor` is the last input entry read.
 
     `frame_ids` tells in which input entry a frame's body lies, `commands` which queries and settings
-    have not been acted on, `consumed` which have although trimming left them, `decided_at` the last
-    frame and position of every log entry that decided frames of the window. `missed`: the last look for its
-    client found that nothing was heard of it for too long.
+    have not been acted on (the end of input is one of them), `consumed` which have although trimming left them,
+    `decided_at` the last frame and position of every log entry that decided frames of the window, with what had been
+    told before, and `told` what has been told by now. `missed`: the last look for its client found that nothing was
+    heard of it for too long.
     """
 
     lease: Lease
@@ -56,29 +83,33 @@ class Held:
     position: int
     cursor: str
     frame_ids: dict[int, str] = field(default_factory=dict)
-    commands: dict[str, Query | SettingsChange] = field(default_factory=dict)
+    commands: dict[str, Query | SettingsChange | End] = field(default_factory=dict)
     consumed: list[str] = field(default_factory=list)
-    decided_at: deque[tuple[int, int]] = field(default_factory=deque)
+    decided_at: deque[tuple[int, int, Told]] = field(default_factory=deque)
+    told: Told = Told()
     missed: bool = False
 
     def note_input(self, entry_id: str, message: SessionInput | MessageError) -> None:
         """Remember where a body lies, for trimming."""
         if isinstance(message, FrameTokens | FrameSkipped):
             self.frame_ids.setdefault(message.seq, entry_id)
-        elif isinstance(message, Query | SettingsChange):
+        elif isinstance(message, Query | SettingsChange | End):
             self.commands[entry_id] = message
 
     def note_entry(self, position: int, entry: LogEntry) -> None:
         """Remember what a log entry settled."""
         if isinstance(entry, FramesDecided):
-            self.decided_at.append((entry.last_seq, position))
+            self.decided_at.append((entry.last_seq, position, self.told))
         elif isinstance(entry, QueryConsumed | InputRefused | SettingsApplied):
             settled = None if isinstance(entry, SettingsApplied) else entry.query_id
             for entry_id, command in self.commands.items():
+                if isinstance(command, End):
+                    continue
                 if (command.query_id if isinstance(command, Query) else None) == settled:
                     self.consumed.append(entry_id)
                     del self.commands[entry_id]
                     break
+        self.told = self.told.after(entry)
 
     def window(self, entry: Evicted, position: int) -> Window:
         """What a takeover needs after this eviction; forgets what lies before it."""
@@ -88,12 +119,15 @@ class Held:
         needed = [*self.frame_ids.values(), *self.commands]
         in_id = min(needed, key=stream_order) if needed else self.cursor
         self.consumed = [at for at in self.consumed if stream_order(at) >= stream_order(in_id)]
+        _, out_position, told = self.decided_at[0] if self.decided_at else (0, position, self.told)
         return Window(
             first_seq=entry.first_seq,
-            out_position=min(self.decided_at[0][1] if self.decided_at else position, position),
+            out_position=min(out_position, position),
             in_id=in_id,
             consumed=self.consumed,
-            recent=list(self.session.recent),
+            recent=list(told.recent),
+            responses=told.responses,
+            spoken=told.spoken,
             settings=self.session.settings,
         )
 
@@ -142,7 +176,9 @@ def rebuild(
     held = Held(lease, session, meta.position, window.in_id if window else "0-0")
     try:
         if window:
-            session.recent = tuple(window.recent)
+            held.told = Told(window.responses, window.spoken, tuple(window.recent))
+            told = held.told
+            session.recent, session.responses, session.spoken = told.recent, told.responses, told.spoken
             held.consumed = list(window.consumed)
         for entry_id, message in inputs:
             held.cursor = entry_id

@@ -287,7 +287,8 @@ class Window(Message):
     """Where a takeover starts to read: kept in the session's meta by its owner, written before trimming.
 
     `out_position` is the log entry that decided `first_seq`; `in_id` the input entry from which
-    bodies are kept; `consumed` the input entries at or after it that have already been acted on.
+    bodies are kept; `consumed` the input entries at or after it that have already been acted on. Before
+    `out_position` there were `responses` with `spoken` tokens, `recent` the latest that nobody had asked for.
     """
 
     kind = "window"
@@ -296,6 +297,8 @@ class Window(Message):
     in_id: str
     consumed: list[str]
     recent: list[str]
+    responses: int = Field(default=0, ge=0)
+    spoken: int = Field(default=0, ge=0)
     settings: TolerantSettings
 
 

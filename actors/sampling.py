@@ -9,6 +9,8 @@ import torch
 from actors.messages import SessionSettings
 from actors.session import Decision
 
+GREEDY = 1e-5  # below this temperature probabilities overflow, and the likeliest token has them all
+LARGEST = 1e30  # of a score
 FEW = 512
 
 
@@ -29,7 +31,7 @@ def decide(logits: torch.Tensor, silence_id: int) -> list[Decision]:
 
 
 def sample(logits: torch.Tensor, settings: SessionSettings, said: Sequence[int], step: tuple[int, int]) -> int:
-    """The next token of a response from `logits` (V,): greedy at temperature 0, else by top-p.
+    """The next token of a response from `logits` (V,): greedy at temperature 0 or nearly 0, else by top-p.
 
     `said` are the response's tokens so far (for the repetition penalty); `step` is (number of the
     response, number of the token): together with the session's seed it fixes the draw, so a
@@ -41,12 +43,13 @@ def sample(logits: torch.Tensor, settings: SessionSettings, said: Sequence[int],
         scores = scores.clone()
         values = scores[seen]
         penalty = settings.repetition_penalty
-        scores[seen] = torch.where(values > 0, values / penalty, values * penalty)
-    if settings.temperature == 0:
+        scores[seen] = torch.where(values > 0, values / penalty, values * penalty).clamp(-LARGEST, LARGEST)
+    if settings.temperature < GREEDY:
         return int(scores.argmax())
     probabilities = torch.softmax(scores / settings.temperature, -1).cpu()
     ordered, ids = _most_likely(probabilities, settings.top_p)
     outside = ordered.cumsum(0) - ordered >= settings.top_p
+    outside[0] = False  # also where top_p is less than float32 can tell from 0
     ordered[outside] = 0.0
     generator = torch.Generator().manual_seed(hash((settings.seed, *step)) & 0x7FFFFFFFFFFFFFFF)
     return int(ids[torch.multinomial(ordered, 1, generator=generator)])

@@ -39,7 +39,7 @@ class Scheduler:
         earlier = [s for s in self._prefilling if s in prefilling]
         prefilling = self._prefilling = [*earlier, *(s for s in prefilling if s not in earlier)]
         speaking = [s for s in ordered if s.response is not None and s not in prefilling]
-        others = [s for s in ordered if s.response is None and s not in prefilling and (s.waiting_frames or s.pending)]
+        others = [s for s in ordered if s.response is None and s not in prefilling and s.ready]
         plan: list[tuple[Session, Work]] = []
         left = self.token_budget
         left -= self._take(plan, speaking, left, frames=False)

@@ -191,6 +191,11 @@ class Session:
         """Positions of the context that are not in the KV cache yet."""
         return self.context.length - self.fed
 
+    @property
+    def ready(self) -> bool:
+        """Whether `work` has something to append: the next frame, or more of the context than waits for one."""
+        return self.response is not None or self.next_seq in self._frames or self.pending > IDLE_PREFILL
+
     # -- driven by the engine -------------------------------------------------------------------
 
     def advance(self) -> list[LogEntry]:
@@ -325,10 +330,22 @@ class Session:
                 self.ended = True
 
     def restore(self, entries: Iterable[LogEntry]) -> None:
-        """Fold a log. Its frames must have been added; afterwards the session goes on as if it had run here."""
+        """Fold a log. Its frames must have been added; afterwards the session goes on as if it had run here.
+
+        Raises SessionError where a response is open for which a context has no room here.
+        """
         for entry in entries:
             self.apply(entry)
         self.fed = 0
+        # Frames before the window, whose decisions are no longer in the log.
+        self._frames = {seq: frame for seq, frame in self._frames.items() if seq >= self.next_seq}
+        if self.response is not None:
+            needed = self.context.length + max(0, self.settings.max_response_tokens - len(self.response.ids)) + 1
+            if needed > self.limits.capacity:
+                raise SessionError(
+                    f"the response that is being spoken may need {needed} positions, a context here has "
+                    f"{self.limits.capacity}: raise engine.max_positions"
+                )
 
     # -- rules -----------------------------------------------------------------------------------
 
@@ -348,6 +365,8 @@ class Session:
         if query := self._due_timed():
             return self._consume(query)
         if self.next_seq not in self._frames:
+            if self.context.length > self.limits.capacity:  # taken over from a replica with room for more
+                return [self._evict(self.keep)]
             return self._finish()
         time, tokens, reason = self._frames[self.next_seq]
         if tokens is None:
@@ -420,8 +439,9 @@ class Session:
         except SessionError as error:
             return [InputRefused(query_id=None, reason=str(error))]
         entries: list[LogEntry] = [SettingsApplied(settings=change.settings)]
-        if (change.settings.instructions or self.default_prompt) != self._prompt():
-            entries.append(self._evict(self.limits.window(change.settings)[0]))
+        prompt = change.settings.instructions or self.default_prompt
+        if prompt != self._prompt():
+            entries.append(self._evict(self.limits.window(change.settings)[0], prompt))
         return entries
 
     def _check(self, settings: SessionSettings) -> None:
@@ -435,8 +455,10 @@ class Session:
                 "give a longer window or shorter instructions"
             )
 
-    def _evict(self, keep: int) -> Evicted:
-        plan = self.context.plan_eviction(keep, self.limits.memory_tokens)
+    def _evict(self, keep: int, prompt: str | None = None) -> Evicted:
+        """With the present system prompt, or with `prompt` from now on."""
+        prompt = self._prompt() if prompt is None else prompt
+        plan = self.context.plan_eviction(keep, self.limits.memory_tokens, prompt)
         return Evicted(
             first_seq=plan.first_seq, positions_before=self.context.length, pinned=plan.pinned, memory=plan.memory
         )

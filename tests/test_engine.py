@@ -24,7 +24,7 @@ from actors.checkpoint import Loaded
 from actors.config import ModelConfig
 from actors.encoder import FrameEncoder
 from actors.engine import Engine, EngineConfig, NoCapacity
-from actors.kv import KVMemory, Region
+from actors.kv import PAGE, KVMemory, Region
 from actors.messages import (
     End,
     Evicted,
@@ -42,6 +42,7 @@ from actors.messages import (
     SettingsChange,
 )
 from actors.reference import ReferenceEngine
+from actors.sampling import sample
 from actors.session import Decision, Session, Work
 
 TIE = 1e-4
@@ -550,6 +551,44 @@ def test_released_neighbours_become_one_region() -> None:
     assert memory.reserve(1024) == Region(0, 1024)
     with pytest.raises(NoCapacity):
         memory.reserve(1)
+
+
+@pytest.mark.parametrize(
+    "voice",
+    [{"temperature": 1e-40}, {"temperature": 1, "top_p": 1e-50}, {"temperature": 2e-5, "repetition_penalty": 1e-40}],
+)
+def test_settings_at_their_edges_choose_a_likely_token(voice: dict[str, float]) -> None:
+    logits = torch.tensor([1.0, 5.0, -3.0, 4.0])
+    said = [1, 3] if "repetition_penalty" in voice else []
+    assert sample(logits, SessionSettings.model_validate(voice), said, (0, 0)) in ((1, 3) if said else (1,))
+
+
+def test_a_budget_that_holds_no_session_in_whole_pages_is_refused(loaded: dict[str, Loaded]) -> None:
+    model = loaded["live1plus"]
+    each = KVMemory.bytes_per_position(model.model.base_llm.config, model.model.base_llm.dtype)
+    capacity = 2 * PAGE + 1
+    for pages, fits in ((3, True), (2.9, False)):
+        config = EngineConfig(max_positions=capacity, kv_memory_gb=(pages * PAGE + 0.5) * each / 1e9)
+        if fits:
+            assert BatchedEngine(model.model, model.template, config).room == 1
+        else:
+            with pytest.raises(ValueError, match="whole pages"):
+                BatchedEngine(model.model, model.template, config)
+
+
+def test_sessions_that_wait_for_frames_do_not_keep_others_from_theirs(loaded: dict[str, Loaded]) -> None:
+    """As many idle sessions as a step has places, all served less lately than the one with frames."""
+    model = loaded["live1plus"]
+    config = EngineConfig(max_positions=256, kv_memory_gb=0.05, token_budget=40, max_sessions=8)
+    engine = BatchedEngine(model.model, model.template, config)
+    busy = engine.open("busy", VOICE)
+    busy.add_frame(0, 0.0, scene(0, 0))
+    drain(engine)
+    for number in range(6):
+        engine.open(f"idle{number}", VOICE).add_frame(1, 0.5, scene(0, 1))  # its frame 0 has not come
+    busy.add_frame(1, 0.5, scene(0, 1))
+    drain(engine)
+    assert busy.next_seq == 2
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

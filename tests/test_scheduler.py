@@ -19,6 +19,7 @@ class Rebuilding:
     pending: int
     response: None = None
     waiting_frames: int = 0
+    ready: bool = True
 
     def work(self, max_frames: int, max_positions: int) -> Work:
         assert max_frames == 1

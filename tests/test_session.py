@@ -329,6 +329,23 @@ def test_new_instructions_rebuild_the_context_behind_them() -> None:
     assert driver.session.fed == len(expected) or driver.session.pending <= 64
 
 
+def test_long_new_instructions_leave_the_context_within_its_capacity() -> None:
+    limits = Limits(1000, memory_tokens=20)
+    driver = Driver(make_session(limits, max_response_tokens=20))
+    driver.frames(0, 75)
+    driver.run()
+    before = driver.session.context.length
+    long = "word " * 150
+    driver.session.add(
+        SettingsChange(after_seq=74, settings=SessionSettings(instructions=long, max_response_tokens=20))
+    )
+    driver.run()
+    assert driver.of(InputRefused) == []
+    assert before > 800  # so that all of it and the longer prompt are too much
+    assert driver.session.context.length <= limits.capacity
+    assert driver.session.settings.instructions == long
+
+
 def test_settings_that_do_not_fit_are_refused_and_the_session_goes_on() -> None:
     driver = Driver(make_session(Limits(1000)))
     driver.session.add(SettingsChange(after_seq=-1, settings=SessionSettings(window_trigger=5000)))

@@ -1,0 +1,117 @@
+"""What a takeover starts from when most of a session's log and input have been trimmed."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import cast
+
+import torch
+from test_session import FRAME, Driver, make_session
+
+from actors.bus import Lease, SessionMeta
+from actors.engine import Engine
+from actors.held import Held, StoredInput, rebuild
+from actors.messages import End, Evicted, FrameTokens, Query, ResponseStarted, SettingsChange, Window, encode
+from actors.session import Limits, Session
+
+LEASE = Lease("s", 1)
+LIMITS = Limits(500, memory_tokens=40)
+SHAPE = (FRAME.shape[0], FRAME.shape[1])
+
+
+def narrow() -> Session:
+    return make_session(LIMITS, max_response_tokens=20)
+
+
+def tokens(seq: int) -> FrameTokens:
+    return FrameTokens.from_tensor(seq, seq / 2, FRAME.to(torch.float16))
+
+
+def lived(frames: int, speaks: set[int]) -> tuple[Driver, Held, list[StoredInput], Window]:
+    """A session with its owner's notes, all its input, and the window of its last eviction."""
+    driver = Driver(narrow(), speaks=lambda seq: seq in speaks)
+    held = Held(LEASE, driver.session, 0, "0-0")
+    inputs: list[StoredInput] = [(f"{seq + 1}-0", tokens(seq)) for seq in range(frames)]
+    for entry_id, message in inputs:
+        held.note_input(entry_id, message)
+        held.cursor = entry_id
+    driver.frames(0, frames)
+    driver.run()
+    window = None
+    for position, entry in enumerate(driver.log):
+        held.note_entry(position, entry)
+        if isinstance(entry, Evicted):
+            window = held.window(entry, position)
+    assert window is not None
+    return driver, held, inputs, window
+
+
+def taken_over(driver: Driver, window: Window, inputs: list[StoredInput], limits: Limits = LIMITS) -> Session:
+    session = make_session(limits, max_response_tokens=20)
+    engine = SimpleNamespace(open=lambda *_: session, close=lambda _: None)
+    meta = SimpleNamespace(window=encode(window), position=len(driver.log), settings=session.settings)
+    log = list(enumerate(driver.log))[window.out_position :]
+    kept = [(at, message) for at, message in inputs if int(at.partition("-")[0]) >= int(window.in_id.partition("-")[0])]
+    return rebuild(cast(Engine, engine), LEASE, cast(SessionMeta, meta), log, kept, SHAPE).session
+
+
+def test_responses_are_numbered_on_although_the_window_has_none() -> None:
+    driver, _, inputs, window = lived(200, speaks={3, 5, 9})
+    heir = taken_over(driver, window, inputs)
+    assert not any(isinstance(entry, ResponseStarted) for entry in driver.log[window.out_position :])
+    assert (heir.responses, heir.spoken, heir.recent) == (
+        driver.session.responses,
+        driver.session.spoken,
+        driver.session.recent,
+    )
+    assert heir.responses == 3
+    assert heir.context.ids == driver.session.context.ids
+
+
+def test_what_was_said_in_the_window_is_not_counted_twice() -> None:
+    driver, _, inputs, window = lived(200, speaks={3, *range(150, 200, 4)})
+    heir = taken_over(driver, window, inputs)
+    assert any(isinstance(entry, ResponseStarted) for entry in driver.log[window.out_position :])
+    assert (heir.responses, heir.spoken, heir.recent) == (
+        driver.session.responses,
+        driver.session.spoken,
+        driver.session.recent,
+    )
+
+
+def test_a_far_question_keeps_input_but_no_frames_of_before_the_window() -> None:
+    driver, held, inputs, _ = lived(200, speaks=set())
+    held.note_input("0-1", Query(query_id="far", text="And now?", after_seq=-1, time=1e9))
+    position = max(at for at, entry in enumerate(driver.log) if isinstance(entry, Evicted))
+    evicted = driver.log[position]
+    assert isinstance(evicted, Evicted)
+    window = held.window(evicted, position)
+    assert window.in_id == "0-1"
+    heir = taken_over(driver, window, inputs)
+    assert heir.next_seq == 200
+    assert heir.waiting_frames == 0
+
+
+def test_the_end_of_input_is_not_trimmed_before_frames_that_came_after_it() -> None:
+    held = Held(LEASE, narrow(), 0, "9-0")
+    held.note_input("5-0", End(after_seq=8))
+    held.note_input("6-0", SettingsChange(after_seq=1, settings=held.session.settings))
+    for number in range(7, 10):
+        held.note_input(f"{number}-0", tokens(number))
+    evicted = Evicted(first_seq=8, positions_before=400, pinned="", memory="")
+    assert held.window(evicted, 3).in_id == "5-0"
+
+
+def test_a_context_too_long_for_its_heir_is_cut_before_anything_else() -> None:
+    driver = Driver(make_session(Limits(1000, memory_tokens=40), max_response_tokens=20))
+    driver.frames(0, 70)
+    driver.run()
+    assert driver.session.context.length > LIMITS.capacity
+    heir = Driver(narrow())
+    heir.frames(0, 70)
+    heir.session.restore(driver.log)
+    heir.session.advance()
+    assert heir.session.context.length <= LIMITS.capacity
+    heir.frames(70, 72)
+    heir.run()
+    assert heir.session.next_seq == 72
