@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import secrets
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Set
 from weakref import WeakValueDictionary
 
 from actors.client_side import ClientSide
@@ -134,15 +134,18 @@ class GatewaySide(ClientSide):
         if answer != b"ok":
             raise self._closed(session_id, [answer])
 
-    async def tail(self, session_id: str, after: int = -1) -> AsyncIterator[tuple[int, LogEntry]]:
+    async def tail(
+        self, session_id: str, after: int = -1, onlooker: bool = False
+    ) -> AsyncIterator[tuple[int, LogEntry]]:
         """The log behind position `after`, with positions, as it grows; ends with the session.
 
+        That somebody reads it says that the session's client is there, unless it is an `onlooker` who does.
         Raises BusError `session_expired` when the session vanishes, `resume_too_late` when what follows
         `after` was trimmed.
         """
         check_session_id(session_id)
         tails = self._partition_tails(self.partition(session_id))
-        tail = await tails.add(session_id, after)
+        tail = await tails.add(session_id, after, onlooker)
         try:
             await self._check_resume(session_id, after)
             while (item := await tail.next()) is not None:
@@ -229,11 +232,12 @@ class PartitionLog:
                 found[session_id] = error
         return found
 
-    async def check(self, after: Mapping[str, float]) -> dict[str, bool | Exception]:
+    async def check(self, after: Mapping[str, float], onlookers: Set[str] = frozenset()) -> dict[str, bool | Exception]:
         if not after:
             return {}
         keys = [key for session_id in after for key in self._connection.session_keys(session_id)]
-        answer = await self._connection.script("TOUCH", keys, [self._connection.config.session_ttl_ms])
+        there = [int(session_id not in onlookers) for session_id in after]
+        answer = await self._connection.script("TOUCH", keys, [self._connection.config.session_ttl_ms, *there])
         assert isinstance(answer, list)
         return {
             session_id: _state(session_id, last, state, position)

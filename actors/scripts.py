@@ -223,13 +223,13 @@ keep(ARGV[7])
 return 'ok'
 """
 
-# KEYS meta, in, out of each session; ARGV ttl -> {state or '', position} of each
+# KEYS meta, in, out of each session; ARGV ttl, whether its client is there (of each) -> {state or '', position} of each
 TOUCH = """
 local found = {}
 for i = 1, #KEYS, 3 do
   local meta = redis.call('HMGET', KEYS[i], 'state', 'position')
   found[#found + 1] = {meta[1] or '', tonumber(meta[2] or 0)}
-  if meta[1] and meta[1] ~= 'ended' then
+  if meta[1] and meta[1] ~= 'ended' and ARGV[1 + (i + 2) / 3] == '1' then
     keep(ARGV[1], i)
     redis.call('HSET', KEYS[i], 'seen', now())
   end

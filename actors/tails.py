@@ -9,7 +9,7 @@ the others go on.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -27,8 +27,11 @@ class LogSource(Protocol):
     async def read(self, after: Mapping[str, int], count: int) -> Mapping[str, list[tuple[int, LogEntry]] | Exception]:
         """Entries behind each session's position, at most `count` of each; waits a while, or until woken."""
 
-    async def check(self, after: Mapping[str, int]) -> Mapping[str, bool | Exception]:
-        """True for a session that has ended and whose log holds nothing behind its position."""
+    async def check(self, after: Mapping[str, int], onlookers: Set[str]) -> Mapping[str, bool | Exception]:
+        """True for a session that has ended and whose log holds nothing behind its position.
+
+        Says that the clients of all but `onlookers` are there.
+        """
 
     async def wake(self) -> None:
         """End a `read` that waits."""
@@ -36,11 +39,15 @@ class LogSource(Protocol):
 
 @dataclass(eq=False)
 class Tail:
-    """One consumer of one log: the position it has been handed, and what it has not fetched yet."""
+    """One consumer of one log: the position it has been handed, and what it has not fetched yet.
+
+    An `onlooker` is nobody for whom the session would have to go on.
+    """
 
     session_id: str
     after: int
     wake: Callable[[], Awaitable[None]]
+    onlooker: bool = False
     queue: asyncio.Queue[tuple[int, LogEntry] | Exception | None] = field(default_factory=asyncio.Queue)
     paused: bool = False
     finished: bool = False
@@ -84,8 +91,8 @@ class PartitionTails:
         self._task: asyncio.Task[None] | None = None
         self._waiting = False
 
-    async def add(self, session_id: str, after: int) -> Tail:
-        tail = Tail(session_id, after, self._source.wake)
+    async def add(self, session_id: str, after: int, onlooker: bool = False) -> Tail:
+        tail = Tail(session_id, after, self._source.wake, onlooker)
         self._tails.add(tail)
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._follow())
@@ -129,7 +136,9 @@ class PartitionTails:
         for tail in reading:
             entries = found.get(tail.session_id, [])
             if isinstance(entries, Exception):
-                tail.finish(entries)
+                # What is gone for the one that is behind may be there for the others, which are read for next.
+                if tail.after == after[tail.session_id]:
+                    tail.finish(entries)
             else:
                 tail.put(entries)
 
@@ -138,7 +147,8 @@ class PartitionTails:
         after: dict[str, int] = {}
         for tail in following:
             after[tail.session_id] = max(tail.after, after.get(tail.session_id, tail.after))
-        for session_id, ended in (await self._source.check(after)).items():
+        onlookers = after.keys() - {tail.session_id for tail in following if not tail.onlooker}
+        for session_id, ended in (await self._source.check(after, onlookers)).items():
             for tail in following:
                 if tail.session_id != session_id:
                     continue

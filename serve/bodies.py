@@ -17,13 +17,14 @@ from serve.limits import LimitsConfig
 
 UPLOAD = "multipart/form-data"
 STRANGERS = ""
+BODILESS = ("GET", "HEAD", "OPTIONS")
 
 
 class RequestGuard:
     """Refuses bodies that are too large (413) or come too slowly (408), and requests beyond the bounds (429).
 
-    No key can take all requests from the others, and nobody can without one. Counts every answer for the
-    metrics by the route it matched.
+    A body of somebody without a valid key is not read at all (401). No key can take all requests from the others, and
+    nobody can without one. Counts every answer for the metrics by the route it matched.
     """
 
     def __init__(self, app: ASGIApp, gateway: Gateway, keys: ApiKeys) -> None:
@@ -44,7 +45,10 @@ class RequestGuard:
                 self.gateway.meters.request(getattr(route, "path", "none"), message["status"])
             await send(message)
 
-        client = self._client(scope)
+        client, refusal = self._client(scope)
+        if refusal and scope["method"] not in BODILESS:  # before anything of the body is kept
+            await self._refuse(401, "unauthorized", refusal)(scope, receive, counted)
+            return
         if text := self._too_many(client):
             await self._refuse(429, "too_many_requests", text)(scope, receive, counted)
             return
@@ -59,12 +63,12 @@ class RequestGuard:
             self._open[client] -= 1
             self._open += Counter()  # forgets those with none
 
-    def _client(self, scope: Scope) -> str:
-        """The name to count a request under."""
+    def _client(self, scope: Scope) -> tuple[str, str]:
+        """The name to count a request under, and why it is a stranger's, if it is."""
         try:
-            return self.keys.client(HTTPConnection(scope))
-        except Refused:
-            return STRANGERS
+            return self.keys.client(HTTPConnection(scope)), ""
+        except Refused as error:
+            return STRANGERS, str(error)
 
     def _too_many(self, client: str) -> str | None:
         """Why this client may not ask one thing more now."""

@@ -21,12 +21,14 @@ from actors.messages import (
     End,
     FramesDecided,
     FrameSkipped,
+    InputRefused,
     Interrupt,
     LogEntry,
     Query,
     ResponseEnded,
     ResponseStarted,
     SessionSettings,
+    SettingsApplied,
     SettingsChange,
 )
 from actors.messages import SessionEnded as SessionEndedEntry
@@ -110,6 +112,8 @@ class Conversation:
         self._after = self._counted = -1
         self._first = 0
         self._asked = False
+        self._in_force: SessionSettings | None = None
+        self._refused = False  # the settings that were chosen last
         self._record = record
 
     @property
@@ -150,6 +154,7 @@ class Conversation:
         """Create the session's log. Settings given before are those it starts with."""
         self.opened = True  # before the answer: a client that leaves meanwhile must not leave a session behind
         await self._bus.open_session(self.id, self._fingerprint, self.settings, self.client)
+        self._in_force = self.settings
         if self._recorder is not None:
             self._recorder.add(Opened(settings=self.settings, include=sorted(self.include)))
         await self._note_preferences()
@@ -173,6 +178,7 @@ class Conversation:
             known = Preferences.model_validate_json(meta.preferences)
             self.settings, self.include, self.opened_at = known.settings, frozenset(known.include), known.opened
             self._frames.policy = known.drop_policy
+        self._in_force = self.settings
         noted = NotedCounts.model_validate_json(meta.counts or "{}")
         self._frames.continue_after(max(meta.time, noted.through))
         self.counts.admitted = meta.admitted
@@ -191,6 +197,7 @@ class Conversation:
         changed = settings != self.settings
         if changed and self.opened:
             await self._say(SettingsChange(after_seq=self.counts.admitted - 1, settings=settings))
+            self._refused = False
         self.settings = settings
         if patch.include is not None:
             self.include = frozenset(patch.include)
@@ -329,6 +336,7 @@ class Conversation:
         translator, position_told, number = Translator(), -1, 0
         async for position, entry in self._bus.tail(self.id, begin - 1):
             self._settle(position, entry)
+            await self._take_back(position, entry)
             if position < start:
                 continue
             hold = self.settings.suppress_duplicates
@@ -346,6 +354,16 @@ class Conversation:
                     if self._recorder is not None:
                         self._recorder.event(event)
                     yield event
+
+    async def _take_back(self, position: int, entry: LogEntry) -> None:
+        """Return to the settings in force when the model refuses others: what is changed next goes on from those."""
+        if isinstance(entry, SettingsApplied):
+            self._in_force = entry.settings
+        elif isinstance(entry, InputRefused) and entry.query_id is None and position > self._after:
+            self._refused = True
+        if self._refused and self._in_force is not None and self.settings != self._in_force:
+            self.settings = self._in_force
+            await self._note_preferences()
 
     async def _response_start(self) -> int:
         """Where the response began that is open at `after`; the position behind `after` when none is."""

@@ -18,7 +18,7 @@ from urllib.parse import unquote_to_bytes, urljoin
 import httpcore
 
 from serve.client_events import ClientError
-from serve.url_guard import Target, UrlGuard
+from serve.url_guard import SHOWN, Target, UrlGuard
 
 USER_AGENT = "videollm-online"
 REDIRECTS = (301, 302, 303, 307, 308)
@@ -92,7 +92,11 @@ def opened(guard: UrlGuard, url: str, param: str, seconds: float, start: int = 0
                     raise unreachable(f"{target.shown} answered with status {response.status}", param)
                 yield response
                 return
-            url = urljoin(url, _header(response, b"location").decode("latin-1"))
+            location = _header(response, b"location").decode("latin-1")
+            try:
+                url = urljoin(url, location)
+            except ValueError:
+                raise unreachable(f"{target.shown} redirects to {location[:SHOWN]!r}, which is no URL", param) from None
         raise unreachable(f"{target.shown} redirects more than {guard.config.redirects} times", param)
 
 

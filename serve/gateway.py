@@ -180,7 +180,9 @@ class Gateway:
         """What every replica says of itself, by role. Raises BusError."""
         found: Stats = {"gateways": [], "encoders": [], "llms": []}
         for report in await self.reports():
-            told: dict[str, object] = {"name": report.name, "pid": report.pid, "at": report.at, **report.stats}
+            # Whose streams are read where, and from what, is their clients' business: GET /v1/streams.
+            stats = {name: value for name, value in report.stats.items() if name != "streams"}
+            told: dict[str, object] = {"name": report.name, "pid": report.pid, "at": report.at, **stats}
             found[f"{report.role}s"].append(told)
         return found
 

@@ -33,6 +33,7 @@ from serve.url_guard import Target, UrlGuard
 log = logging.getLogger(__name__)
 
 LIVE_FORMATS = f"{FORMATS},mjpeg,mpjpeg,rtsp,sdp,rtp"
+MOTION_JPEG = ("mjpeg", "mpjpeg")
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 15.0
 HTTP_BUFFER = 1 << 16
 
@@ -140,11 +141,13 @@ class Ingest:
         base = 0.0 if finite else time.monotonic() - self.started
         if self.last < 0:
             base, self.started = 0.0, time.monotonic()
+        # A camera that sends one JPEG after another says no times: FFmpeg makes up those of 25 a second.
+        timeless = not finite and container.format.name in MOTION_JPEG
         origin: float | None = None
         for frame in _decoded(container, stream.index):
             if self.stopped.is_set():
                 return
-            at = frame.time if frame.time is not None else (origin or 0.0) + time.monotonic() - self.started
+            at = time.monotonic() if timeless or frame.time is None else frame.time
             origin = at if origin is None else origin
             video_time = max(0.0, at - origin) + base
             if video_time < self.last + 1 / self.fps - 1e-6:

@@ -111,10 +111,20 @@ def _check_local(connection: HTTPConnection) -> None:
     if not is_loopback(client):
         raise Refused(f"requests from {client or 'unknown'} need an API key: the server's owner has to {how}")
     # A page of another site, or a foreign name that resolves to this machine, must not reach the server by the browser.
+    # That of a page without an origin of its own, such as a sandboxed frame of any site, is "null".
     origin = connection.headers.get("origin")
-    for name in filter(None, (connection.url.hostname, urlsplit(origin).hostname if origin else None)):
+    names = [connection.url.hostname] if connection.url.hostname else []
+    for name in [*names, *([] if origin is None else [_host_of(origin)])]:
         if not is_loopback(name):
-            raise Refused(f"{name} is not this machine: open the server by its loopback address, or {how}")
+            shown = name or f"a page with the origin {origin!r:.60}"
+            raise Refused(f"{shown} is not this machine: open the server by its loopback address, or {how}")
+
+
+def _host_of(origin: str) -> str:
+    try:
+        return urlsplit(origin).hostname or ""
+    except ValueError:
+        return ""
 
 
 def _digest(key: str) -> str:

@@ -111,11 +111,13 @@ async def _watch(recording: Recording, conversation: Conversation, gateway: Gate
     following = asyncio.ensure_future(anext(events))
     idle_s = gateway.limits.idle_s
     try:
-        waiting = {*tasks, following}
+        waiting, settled = {*tasks, following}, 0
         while True:
             done, waiting = await asyncio.wait(waiting, timeout=idle_s, return_when=asyncio.FIRST_COMPLETED)
             waits = gateway.config.max_llms is not None and not placing.done()  # for a replica, which is bounded
-            if not done and not waits:
+            # Frames about which nothing is told are decided all the same.
+            before, settled = settled, conversation.counts.decided + conversation.counts.skipped
+            if not done and not waits and settled == before:
                 yield failure("idle_timeout", f"nothing happened for {idle_s:g} s")
                 return
             for task in done - {following}:

@@ -8,6 +8,7 @@ the gateway that reads it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 import uuid
@@ -133,6 +134,7 @@ class Streams:
         self.guard = guard
         self._resolution_px = resolution_px
         self._known: dict[str, Running] = {}
+        self._starting = 0
         gateway.streams = lambda: [
             {"client": running.conversation.client, **running.told.model_dump(mode="json")}
             for running in self._known.values()
@@ -141,9 +143,21 @@ class Streams:
     async def start(self, client: str, request: StreamRequest) -> Stream:
         """Begin to read a source. Raises ClientError, Full and ApiError."""
         source = await asyncio.to_thread(Source.of, request.source, self.guard)
-        running = [known for known in self._known.values() if known.status == "running"]
-        if len(running) >= self.guard.config.streams:
-            raise ApiError(429, "too_many_streams", f"{len(running)} streams are read, the most this gateway reads")
+        running = self._starting + sum(known.status == "running" for known in self._known.values())
+        if running >= self.guard.config.streams:
+            raise ApiError(429, "too_many_streams", f"{running} streams are read, the most this gateway reads")
+        self._starting += 1
+        try:
+            made = await self._begin(client, request, source)
+        finally:
+            self._starting -= 1
+        for old in [key for key, known in self._known.items() if known.status != "running"][:-ENDED_KEPT]:
+            del self._known[old]
+        with contextlib.suppress(BusError):  # the other gateways hear of it now, or with the next report
+            await self.gateway.reporter.once()
+        return made.told
+
+    async def _begin(self, client: str, request: StreamRequest, source: Source) -> Running:
         async with AsyncExitStack() as stack:
             recorded = not request.live
             conversation = await stack.enter_async_context(self.gateway.conversation(bulk=recorded, client=client))
@@ -154,9 +168,7 @@ class Streams:
             made = Running(ingest, conversation, int(time.time()))
             made.task = asyncio.create_task(self._read(made, stack.pop_all()))
         self._known[conversation.id] = made
-        for old in [key for key, known in self._known.items() if known.status != "running"][:-ENDED_KEPT]:
-            del self._known[old]
-        return made.told
+        return made
 
     async def close(self) -> None:
         """Stop reading."""
@@ -184,6 +196,9 @@ class Streams:
             except (SourceError, NoCapacity, BusError, ClientError) as error:
                 running.status, running.error = "failed", str(error)
                 log.warning("stream=%s source=%s failed: %s", conversation.id, running.ingest.source.shown, error)
+            except Exception as error:  # a stream that nobody reads any more must not count as one that is read
+                running.status, running.error = "failed", f"internal: {type(error).__name__}"
+                log.exception("stream=%s source=%s failed", conversation.id, running.ingest.source.shown)
             finally:
                 running.ingest.stopped.set()
                 await end_all((*work, end))
@@ -309,12 +324,15 @@ async def _told(gateway: Gateway, client: str, stream: Stream, meta: SessionMeta
     translator, include = Translator(), frozenset(stream.session.include)
     begin = max(meta.first_position, 0) - 1
     try:
-        async for position, entry in gateway.bus.tail(stream.id, begin):
+        async for position, entry in gateway.bus.tail(stream.id, begin, onlooker=True):
             events: list[ServerEvent] = list(
                 translator.events(position, entry, include, lambda _: stream.session, meta.settings.suppress_duplicates)
             )
             if isinstance(entry, SessionEndedEntry):
-                now = await _ended(gateway, client, stream.id)
+                try:
+                    now = await _ended(gateway, client, stream.id)
+                except ApiError:  # the gateway that read it has died: what was known at first has to do
+                    now = stream
                 if now.error:
                     yield as_sse(failure("source_failed", now.error))
                 usage = Usage(input_tokens=entry.positions - entry.spoken, output_tokens=entry.spoken)

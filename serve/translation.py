@@ -101,7 +101,7 @@ class Translator:
                 )
                 yield ResponseCreated(position=position, response=response)
             case ResponseTokens():
-                if entry.text:
+                if entry.text and entry.response_id in self._open:
                     yield TextDelta(
                         position=position,
                         response_id=entry.response_id,
@@ -114,7 +114,9 @@ class Translator:
                 yield SessionUpdated(position=position, session=info_of(entry.settings))
 
     def _ended(self, position: int, entry: ResponseEnded) -> Iterator[ServerEvent]:
-        started = self._open.pop(entry.response_id)
+        started = self._open.pop(entry.response_id, None)
+        if started is None:  # the log was trimmed in the middle of this response: nobody was told of it
+            return
         item_id, complete = _item_id(entry.response_id), STATUS[entry.reason] == "completed"
         yield TextDone(
             position=position,

@@ -124,8 +124,9 @@ class UrlGuard:
         """The addresses of a target. One that may not be reached refuses them all."""
         try:
             found = self._resolve(target.host, target.port)
-        except OSError as error:
-            raise ClientError("url_unreachable", f"{target.host} has no address: {error.strerror}", param) from None
+        except (OSError, UnicodeError) as error:  # the latter for what can be no name: an empty or too long part
+            why = error.strerror if isinstance(error, OSError) else error
+            raise ClientError("url_unreachable", f"{target.host} has no address: {why}", param) from None
         for text in found:
             if not self.reachable(ipaddress.ip_address(text.partition("%")[0])):
                 raise refused(f"{target.host} has an address that is not public ({text})", param)

@@ -23,7 +23,7 @@ from actors.messages import (
     SettingsChange,
     encode,
 )
-from actors.tails import QUEUE_ENTRIES
+from actors.tails import QUEUE_ENTRIES, PartitionTails
 
 pytestmark = pytest.mark.anyio
 
@@ -288,6 +288,24 @@ async def test_a_tail_refuses_a_gap_and_a_position_that_redis_never_had(bus: Bus
         await follow(bus, "a", 5, after=0)
 
 
+async def test_who_asks_for_what_is_gone_leaves_others_of_the_session_undisturbed(connect, redis_url: str) -> None:
+    bus = await connect(partitions=1)
+    await bus.open_session("a", "model-a", SETTINGS)
+    lease = await claimed(bus, "a")
+    await bus.append(lease, 0, [decided(seq) for seq in range(3)], decided=3)
+    following = asyncio.create_task(follow(bus, "a", 5))
+    await asyncio.sleep(0.2)
+    tails = bus._partition_tails(0)
+    async with Redis.from_url(redis_url) as redis:
+        await redis.xtrim(bus.keys.output(0, "a"), minid="3-0", approximate=False)
+    late = await tails.add("a", -1)  # as one that looked at the log before it was trimmed
+    with pytest.raises(BusError, match="resume_too_late"):
+        await asyncio.wait_for(late.next(), 10)
+    tails.remove(late)
+    await bus.append(lease, 3, [decided(seq) for seq in range(3, 5)], decided=5)
+    assert len(await asyncio.wait_for(following, 10)) == 5
+
+
 async def test_a_log_entry_that_cannot_be_read_ends_only_its_own_tail(connect, redis_url: str) -> None:
     bus = await connect(partitions=1)
     for name in ("bad", "good"):
@@ -362,6 +380,24 @@ async def test_every_session_key_expires_and_activity_prolongs_it(connect, redis
             await bus.admit_frame("a", 0.0, b"jpeg")
         await PartitionLog(bus, bus.partition("a")).check({"a": 0})
         assert all([0 < await redis.pttl(key) <= 60_000 for key in there])
+
+
+async def test_onlookers_do_not_keep_a_session(bus: Bus, redis_url: str) -> None:
+    await bus.open_session("a", "model-a", SETTINGS)
+    partition = bus.partition("a")
+    meta = bus.keys.meta(partition, "a")
+    tails = PartitionTails(PartitionLog(bus, partition), check_s=0.05)
+    async with Redis.from_url(redis_url) as redis:
+        await redis.hset(meta, "seen", 1)
+        onlooker = await tails.add("a", -1, onlooker=True)
+        await asyncio.sleep(1)
+        assert await redis.hget(meta, "seen") == b"1"
+        client = await tails.add("a", -1)
+        async with asyncio.timeout(20):
+            while await redis.hget(meta, "seen") == b"1":
+                await asyncio.sleep(0.02)
+    assert [onlooker.finished, client.finished] == [False, False]
+    await tails.close()
 
 
 async def test_a_damaged_meta_is_an_error_with_the_field(bus: Bus, redis_url: str) -> None:

@@ -137,6 +137,7 @@ def test_statistics_name_every_replica_by_role(url: str) -> None:
     assert [len(stats[role]) for role in ("gateways", "encoders", "llms")] == [1, 1, 1]
     frames = stats["gateways"][0]["frames"]
     assert frames["decided"] <= frames["admitted"] <= frames["received"]
+    assert "streams" not in stats["gateways"][0]  # they are their clients' business
     assert {told["role"] for told in stats["steps"]} <= {"encoder", "llm"}
 
 

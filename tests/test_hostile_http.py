@@ -245,7 +245,7 @@ def test_a_body_that_drips_is_given_up(url: str) -> None:
     [
         ("flooding", "/v1/chat/completions", "application/json", "{"),
         ("flooding", "/v1/videos", "multipart/form-data; boundary=b", "-"),
-        ("wrong", "/v1/streams", "application/json", "{"),
+        ("flooding", "/v1/streams", "application/json", "{"),
     ],
 )
 def test_a_flood_of_requests_is_refused_and_other_keys_are_served(
@@ -276,6 +276,20 @@ def test_a_flood_of_requests_is_refused_and_other_keys_are_served(
         other.frame(0.5)
         other.end()
         assert other.decided() == [(0, 0.0), (1, 0.5)]
+
+
+@pytest.mark.parametrize("path", ["/v1/videos", "/v1/streams", "/v1/chat/completions"])
+def test_the_body_of_a_stranger_is_not_waited_for(tiny: dict[str, object], redis_url: str, path: str) -> None:
+    request = (
+        f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer wrong\r\n"
+        "Content-Type: multipart/form-data; boundary=b\r\nContent-Length: 100000\r\n\r\n-"
+    )
+    with application(tiny, redis_url, api_key="secret") as url:
+        parts = urlsplit(url)
+        with socket.create_connection((parts.hostname, parts.port), timeout=30) as connection:
+            connection.sendall(request.encode())
+            answer = connection.recv(65536)
+    assert b" 401 " in answer.split(b"\r\n")[0]
 
 
 @pytest.mark.parametrize("video_time", [-1, "NaN", "Infinity", "soon", True, 1e10])

@@ -60,6 +60,9 @@ def test_without_keys_only_this_machine_is_served() -> None:
         connection(),
         connection(client="127.0.0.1", host="evil.example"),
         connection(client="127.0.0.1", origin="https://evil.example"),
+        connection(client="127.0.0.1", origin="null"),
+        connection(client="127.0.0.1", origin="http://["),
+        connection(client="127.0.0.1", origin=""),
     ):
         with pytest.raises(Refused):
             nobody.client(foreign)

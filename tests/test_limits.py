@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+from collections.abc import AsyncGenerator
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -10,9 +13,10 @@ from application import application, running
 from live_client import live, picture
 from pydantic import ValidationError
 
+from serve import recorded
 from serve.conversation import Conversation
 from serve.limits import LimitsConfig, TokenBucket
-from serve.server_events import ErrorEvent, SessionCreated, SessionUpdated
+from serve.server_events import ErrorEvent, ServerEvent, SessionCreated, SessionUpdated, failure
 
 
 def test_a_bucket_lets_a_burst_through_and_then_its_rate() -> None:
@@ -37,6 +41,38 @@ def test_a_bucket_that_begins_nearly_empty_earns_its_burst() -> None:
 def test_a_message_limit_above_what_serve_lets_through_is_refused() -> None:
     with pytest.raises(ValidationError):
         LimitsConfig(message_bytes=17 << 20)
+
+
+class QuietVideo:
+    """A conversation in which frames are decided one after another, nothing is said, and then nothing happens."""
+
+    def __init__(self, frames: int) -> None:
+        self.frames = frames
+        self.counts = SimpleNamespace(decided=0, skipped=0)
+
+    async def feed(self) -> None:
+        for _ in range(self.frames):
+            await asyncio.sleep(0.02)
+            self.counts.decided += 1
+        await asyncio.Event().wait()
+
+    async def events(self) -> AsyncGenerator[ServerEvent]:
+        await asyncio.Event().wait()
+        yield failure("never", "comes")
+
+
+@pytest.mark.anyio
+async def test_recorded_video_is_not_idle_while_its_frames_are_decided(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def nothing(*_: object) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(recorded, "admitted", nothing)
+    monkeypatch.setattr(recorded, "_supply", nothing)
+    gateway = SimpleNamespace(limits=SimpleNamespace(idle_s=0.2), config=SimpleNamespace(max_llms=None))
+    conversation = QuietVideo(40)
+    [event] = [event async for event in recorded._watch(None, conversation, gateway)]  # type: ignore[arg-type]
+    assert (event.type, event.error.code) == ("error", "idle_timeout")
+    assert conversation.counts.decided == 40
 
 
 @pytest.mark.parametrize(("limit", "code"), [("idle_s", "idle_timeout"), ("total_s", "session_too_long")])

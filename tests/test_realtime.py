@@ -174,6 +174,21 @@ def test_settings_change_in_the_middle_of_a_session(url: str) -> None:
     assert changed.session.video.threshold == 0.125
 
 
+def test_what_the_model_refused_is_not_asked_for_again(url: str) -> None:
+    with live(url) as client:
+        client.configure(video={"drop_policy": "block"})
+        client.frame(0)
+        client.until(FrameDecided)
+        client.say({"type": "session.update", "session": {"video": {"window": {"trigger": 100000, "keep": 50000}}}})
+        assert client.until(ErrorEvent).error.code == "refused"
+        client.say({"type": "session.update", "session": {"video": {"threshold": 0.125}}})
+        while (changed := client.until(SessionUpdated)).position is None:
+            pass
+        client.end()
+    assert changed.session.video.threshold == 0.125
+    assert changed.session.video.window != {"trigger": 100000, "keep": 50000}
+
+
 def test_with_latest_the_newest_frame_wins_and_the_rest_is_counted(tiny: dict[str, object], redis_url: str) -> None:
     with application(tiny, redis_url, max_live_frames=1) as url, live(url) as client:
         client.configure(max_output_tokens=40)

@@ -58,6 +58,12 @@ def test_a_duplicate_is_not_told() -> None:
     assert told([*response("duplicate"), *response("eos")], hold=True)[0] == "5 response.created"
 
 
+def test_of_a_response_whose_start_was_trimmed_nothing_is_told() -> None:
+    whole = [f"{int(line[0]) + 2}{line[1:]}" for line in AS_IT_IS_SPOKEN]
+    for hold in (False, True):
+        assert told([*response("eos")[1:], *response("eos", "q")], hold=hold) == whole
+
+
 def test_an_answer_is_never_held_back() -> None:
     asked = QueryConsumed(query_id="q", text="What now?", seq=3, time=1.5)
     spoken = [f"{int(line[0]) + 1}{line[1:]}" for line in AS_IT_IS_SPOKEN]

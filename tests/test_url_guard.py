@@ -233,6 +233,19 @@ def test_redirects_are_followed_where_they_may_and_not_for_ever(server: Server, 
         download(local(server), f"{base}/loop", tmp_path / "b", "video_url")
 
 
+@pytest.mark.parametrize("host", ["a..example.org", f"{'a' * 64}.example.org"])
+def test_a_name_that_can_be_none_has_no_address(host: str) -> None:
+    judge = UrlGuard(SourcesConfig(hosts=["*.example.org"]))
+    with pytest.raises(ClientError, match="has no address"):
+        judge.addresses(judge.check(f"https://{host}/"))
+
+
+def test_a_redirect_to_what_is_no_url_is_told(server: Server, tmp_path: Path) -> None:
+    server.redirect("/a", "http://[")
+    with pytest.raises(ClientError, match="which is no URL"):
+        download(local(server), f"http://public.example:{server.port}/a", tmp_path / "a", "video_url")
+
+
 def test_a_name_that_changes_its_address_gains_nothing(server: Server, tmp_path: Path) -> None:
     """The address that was judged is the one that is connected to: the name is resolved once."""
     answers = [["127.0.0.1"], ["10.0.0.1"]]

@@ -149,7 +149,7 @@ class Run {
     if (!this.held && !player.paused && player.currentTime > through + HOLD_BEHIND_S) {
       this.held = true;
       player.pause();
-    } else if (this.held && (through >= player.currentTime + GO_ON_AHEAD_S || this.feed.done)) {
+    } else if (this.held && through >= player.currentTime + (this.feed.done ? 0 : GO_ON_AHEAD_S)) {
       this.held = false;
       player.play().catch(() => {});
     }
