@@ -39,13 +39,17 @@ Backend = Literal["decord", "pyav"]
 
 
 class VideoInfo(NamedTuple):
-    """What a file holds: `duration` in seconds, `fps` its mean rate, size in pixels as displayed."""
+    """What a file holds: `duration` in seconds, `fps` its mean rate, size in pixels as displayed.
+
+    `last` is the time of the last picture in seconds, None where packets carry none.
+    """
 
     duration: float
     fps: float
     width: int
     height: int
     frames: int
+    last: float | None = None
 
 
 class VideoFrame(NamedTuple):
@@ -61,7 +65,8 @@ def probe(path: str | Path, max_pixels: int = MAX_PIXELS) -> VideoInfo:
     video = inspect(Path(path), max_pixels)
     duration = float(video.length * video.time_base)
     fps = video.frames / duration if duration > 0 else 0.0
-    return VideoInfo(duration, fps, video.width, video.height, video.frames)
+    last = None if video.last is None else float(video.last * video.time_base)
+    return VideoInfo(duration, fps, video.width, video.height, video.frames, last)
 
 
 def read_frames(

@@ -44,7 +44,8 @@ class VideoFile:
     """A file whose first frame could be decoded.
 
     `timeline` holds the timestamps of all frames in display order, None where packets carry none;
-    `origin` is that of the first decoded frame. They and `length` are in units of `time_base` seconds.
+    `origin` is that of the first decoded frame; `last` is how long after it the last picture comes, None without
+    timestamps. They and `length` are in units of `time_base` seconds.
     """
 
     path: Path
@@ -53,6 +54,7 @@ class VideoFile:
     time_base: Fraction
     origin: int
     length: int
+    last: int | None
     frames: int
     timeline: np.ndarray | None
     width: int
@@ -71,6 +73,7 @@ def inspect(path: Path, max_pixels: int = MAX_PIXELS) -> VideoFile:
         declared = float((stream.duration or 0) * time_base)
         stamps: list[int] = []
         frames = end = 0
+        last: int | None = None
         with contextlib.suppress(FFmpegError):  # what comes before the damage still counts
             for packet in container.demux(stream):
                 if packet.size and not packet.is_discard:
@@ -79,6 +82,7 @@ def inspect(path: Path, max_pixels: int = MAX_PIXELS) -> VideoFile:
                         stamps.append(packet.pts)
                         if not packet.is_corrupt:  # where a file is cut, in the middle of its last packet
                             end = max(end, packet.pts + (packet.duration or 0))
+                            last = packet.pts if last is None else max(last, packet.pts)
     frame, origin = next(decode(path), (None, 0))
     if frame is None:
         raise VideoError(f"{path}: none of its {frames} video packets can be decoded")
@@ -95,6 +99,7 @@ def inspect(path: Path, max_pixels: int = MAX_PIXELS) -> VideoFile:
         time_base=time_base,
         origin=origin,
         length=length,
+        last=None if last is None else max(0, last - origin),
         frames=frames,
         timeline=np.sort(np.asarray(stamps, np.int64)) if len(stamps) == frames else None,
         width=frame.height if turned else frame.width,

@@ -115,6 +115,11 @@ class TrainingSet:
         rendered = self._rendered(dialogue)
         return Sample(dialogue.dialogue_id, rendered, self._frames(dialogue, rendered.num_frames))
 
+    def teaches(self, index: int) -> bool:
+        """Whether there is something to learn in a dialogue, after clipping."""
+        whole = self.template.render(taught(self.dialogues[index].conversation, self.objective))
+        return any(label != IGNORED for label in self._clipped(whole).labels)
+
     def measure(self, index: int) -> Measured:
         """What a dialogue has in it, without reading its frames. Raises DatasetError where nothing is learned."""
         dialogue = self.dialogues[index]

@@ -14,6 +14,7 @@ kept, and the store says so.
 
 from __future__ import annotations
 
+import filecmp
 import logging
 import sys
 import time
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 from actors.config import Config, ModelConfig
 from actors.encoder import EncoderConfig
-from actors.remote import RemoteError
+from actors.remote import RemoteError, is_remote
 from actors.video import VideoError
 from actors.vision import VisionError, vision_fingerprint, vision_width
 from actors.weights import WeightsError
@@ -71,6 +72,8 @@ def encode(config: Config) -> Summary:
     store = FrameStore.create(settings.folder, info)
     with store.locked():
         todo = {name: path for name, path in videos.items() if name not in store}
+        for name in videos.keys() - todo.keys():
+            refuse_another(store, name, videos[name])
         summary = Summary(present=len(videos) - len(todo))
         made = {name: path for name, path in todo.items() if Path(path).suffix == FEATURES_SUFFIX}
         try:
@@ -86,6 +89,21 @@ def encode(config: Config) -> Summary:
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in sorted(summary.failed.items()))
         raise EncodingError(f"{len(summary.failed)} of {len(videos)} videos could not be encoded ({summary}):{reasons}")
     return summary
+
+
+def refuse_another(store: FrameStore, name: str, path: str) -> None:
+    """Raises StoreError where the store has frames of another video under the id `name` than that at `path`.
+
+    A video that was moved or copied is the same one. What is behind a URL, or gone from where it was, is taken for it.
+    """
+    before = store.source(name)
+    if before in ("", path) or is_remote(before) or is_remote(path) or not Path(before).is_file():
+        return
+    if Path(path).is_file() and not filecmp.cmp(before, path, shallow=False):
+        raise StoreError(
+            f"the store {store.path} has frames of another video under the id {name!r}: they are of {before}, "
+            f"not of {path}: rename one of the two, or set another store.folder (and data.folder)"
+        )
 
 
 def _take_over(

@@ -121,8 +121,16 @@ def run_evaluation(config: Config) -> Path:
     online = read_all(settings.streamingbench, settings.ovobench)
     wanted = settings.dialogues is not None or not online
     everything = read_dialogues(source) if wanted else []
+    if wanted and not everything:
+        raise EvaluationError(
+            f"{source} has no dialogues: raise data.validation_fraction and run jobs.build_dialogues again, "
+            "or set evaluation.dialogues"
+        )
     categories = categories_of(everything, _annotations(config, KINDS))
-    dialogues = _chosen(everything, settings.max_dialogues)
+    seen = [one for one in everything if one.num_frames or not is_offline(one)]
+    if blind := len(everything) - len(seen):
+        logger.warning("left out %d of %d dialogues: data.max_frames cut them before any frame", blind, len(everything))
+    dialogues = _chosen(seen, settings.max_dialogues)
     check(dialogues, _annotations(config, LTA_FORMATS))
     with Finished(folder / FINISHED) as finished:
         pool = graders(config, settings.workers)

@@ -9,7 +9,6 @@ reference reads.
 from __future__ import annotations
 
 import logging
-import shutil
 import sys
 from pathlib import Path
 from typing import Literal
@@ -24,6 +23,8 @@ from actors.weights import WeightsError
 from jobs.program import run
 
 logger = logging.getLogger(__name__)
+
+MARKS = (checkpoint.SETTINGS_FILE, "adapter_config.json")  # of a checkpoint in our form, and in the published one
 
 
 class ExportConfig(Section):
@@ -45,7 +46,7 @@ def export(config: Config) -> Path:
     if settings.folder is None:
         raise ConfigError("export.folder is not set: say where the checkpoint is to be written")
     folder = Path(settings.folder)
-    if folder.exists() and not (settings.replace and (folder / checkpoint.SETTINGS_FILE).is_file()):
+    if folder.exists() and not (settings.replace and any((folder / file).is_file() for file in MARKS)):
         raise ConfigError(
             f"{folder} exists: choose another export.folder, or set export.replace for a checkpoint there"
         )
@@ -56,7 +57,6 @@ def export(config: Config) -> Path:
         other = checkpoint.load(with_it, dtype=torch.float32, merged=False)
         checkpoint.average(loaded, other, settings.share)
         videos = other.trained_videos
-    shutil.rmtree(folder, ignore_errors=True)
     if settings.form == "published":
         checkpoint.export_published(folder, loaded)
     else:

@@ -285,7 +285,9 @@ def _strict_replies(reader: _Reader) -> list[Reply]:
     replies = []
     for index, (start, stop) in enumerate(bounds):
         decided, due = _foreseeable(reader, start, stop)
-        text = [i for i in reader.learned(start, stop, at_frame=False) if reader.dialogue.in_answer[i + 1]]
+        # A dialogue that was clipped inside an answer ends in a position whose target is not in it any more.
+        inside = [*reader.dialogue.in_answer[1:], False]
+        text = [i for i in reader.learned(start, stop, at_frame=False) if inside[i]]
         if not decided and not text:
             continue
         reply, speaks = reader.read(start, stop, decided, text)

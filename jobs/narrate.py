@@ -171,8 +171,8 @@ def find_tasks(sources: Sequence[Path], output: Path) -> list[Task]:
                     f"{other.video} and {task.video} would both be narrated in {task.target}.*: "
                     "rename one of them, or narrate them into two folders"
                 )
-            if task.file(".srt").exists() and not task.file(".jsonl").exists():
-                raise ConfigError(f"{task.file('.srt')} is no narration of ours: choose another --output")
+            if (file := task.foreign()) is not None:
+                raise ConfigError(f"{file} is no narration of ours: choose another --output, or move it away")
     return list(tasks.values())
 
 

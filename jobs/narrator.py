@@ -36,6 +36,7 @@ from jobs.subtitles import burn, cues_of, srt, webvtt
 logger = logging.getLogger(__name__)
 
 CHUNKS_AHEAD = 8
+MAX_LINE = 1 << 20  # characters
 TEXT_SUFFIXES = (".srt", ".vtt", ".jsonl")
 VIDEO_SUFFIX = ".subtitled.mp4"
 UNTRAINED_TOKENS = 8  # an untrained model speaks at nearly every frame, and words without meaning take as long
@@ -51,6 +52,14 @@ class Task:
 
     def file(self, suffix: str) -> Path:
         return Path(f"{self.target}{suffix}")
+
+    def foreign(self) -> Path | None:
+        """A file that writing would replace and that is none of ours, as far as the JSONL tells, if there is one."""
+        there = [file for suffix in TEXT_SUFFIXES if (file := self.file(suffix)).exists()]
+        rows = self.file(".jsonl")
+        if not there or (rows in there and _is_ours(rows)):
+            return None
+        return rows if rows in there else there[0]
 
     def done(self, burns: bool) -> bool:
         """Whether all its files are there: the JSONL is the last of the text files, the video comes after it."""
@@ -177,6 +186,17 @@ def write(task: Task, transcript: Transcript) -> None:
     rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in _rows(task.video.name, transcript))
     for suffix, text in zip(TEXT_SUFFIXES, (srt(cues), webvtt(cues), rows), strict=True):
         write_whole(task.file(suffix), [text])
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether the first line of a JSONL is one that `_rows` makes; a video about which nothing was said has none."""
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        line = lines.readline(MAX_LINE)
+    try:
+        row = json.loads(line or '{"video": "", "time": 0, "role": "", "text": ""}')
+    except ValueError:
+        return False
+    return isinstance(row, dict) and {"video", "time", "role", "text"} <= row.keys()
 
 
 def _rows(video: str, transcript: Transcript) -> Iterator[dict[str, object]]:

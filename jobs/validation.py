@@ -6,23 +6,30 @@ Workers share the dialogues and all get the same result.
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import torch
 import torch.distributed
 
 from actors.model import VideoLLM
-from jobs.dataset import TrainingSet
+from jobs.dataset import DatasetError, TrainingSet
 from jobs.metrics import Reply, evaluate, forward_of, summarize
 from jobs.plan import Pick
 
 
 class Validation:
-    """`data` with at most `limit` of its dialogues, the same at every time."""
+    """`data` with at most `limit` of its dialogues that teach anything, the same at every time.
+
+    Raises DatasetError where none does.
+    """
 
     def __init__(self, data: TrainingSet, limit: int, seed: int = 0, rank: int = 0, workers: int = 1) -> None:
         self.data = data
-        indices = random.Random(seed).sample(range(len(data)), min(limit, len(data)))
+        drawn = random.Random(seed).sample(range(len(data)), len(data))
+        indices = list(itertools.islice((index for index in drawn if data.teaches(index)), limit))
+        if not indices:
+            raise DatasetError(f"none of {len(data)} dialogues to validate on has anything to learn")
         self.share = indices[rank::workers]
         self.workers = workers
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+import yaml
 from huggingface_hub.errors import GatedRepoError
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -16,10 +17,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from actors import checkpoint, weights
 from actors.adapter import AdapterConfig
 from actors.causal_lm import load_tokenizer
-from actors.config import FrameConfig, ModelConfig
+from actors.config import ConfigError, FrameConfig, ModelConfig, load_config
 from actors.dialogue import DialogueError
 from actors.parts import CheckpointError
 from actors.weights import WeightsError
+from jobs.export_checkpoint import export
 
 PROJECTIONS = {
     "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -211,6 +213,28 @@ def test_exported_to_the_references_form_nothing_has_changed(
     assert written["modules_to_save"] == ["connector"]
     config = tiny_configs["live1plus"].model_copy(update={"checkpoint": str(tmp_path / "export")})
     assert checkpoint.load(config).fingerprint == checkpoint.load(tiny_checkpoint).fingerprint
+
+
+@pytest.mark.parametrize("form", ["ours", "published"])
+def test_an_export_may_replace_one_of_its_form_and_nothing_else(
+    form: str, tiny_checkpoint: Path, tiny_configs: dict[str, ModelConfig], tmp_path: Path
+):
+    folder, settings = tmp_path / "export", tmp_path / "tiny.yaml"
+    model = tiny_configs["live1plus"].model_copy(update={"checkpoint": str(tiny_checkpoint)})
+    settings.write_text(yaml.safe_dump({"model": model.model_dump(mode="json")}))
+
+    def run(*more: str) -> Path:
+        return export(load_config(settings, [f"export.folder={folder}", f"export.form={form}", *more]))
+
+    first = {file.name: file.read_bytes() for file in run().iterdir()}
+    with pytest.raises(ConfigError, match=r"exists: choose another export\.folder, or set export\.replace"):
+        run()
+    (folder / "left over").touch()
+    assert {file.name: file.read_bytes() for file in run("export.replace=true").iterdir()} == first
+    for file in folder.iterdir():
+        file.unlink()
+    with pytest.raises(ConfigError, match="exists"):
+        run("export.replace=true")
 
 
 def test_the_average_of_two_checkpoints_lies_between_them(tiny_checkpoint: Path):

@@ -17,6 +17,7 @@ from jobs.dialogues import Dialogue
 from jobs.encoding_summary import Summary
 from jobs.frame_store import FrameStore
 from jobs.plan import Pick
+from jobs.validation import Validation
 
 VIDEOS = ["ab", "abcd", "abcdef"]
 
@@ -104,6 +105,16 @@ def test_some_silent_frames_are_left_out_others_in_every_epoch(store: FrameStore
     assert len({tuple(pack.packed.labels.tolist()) for pack in epochs}) > 1
     again = data.packed([Pick(0, 5)], keep_silence=0.5, seed=3).packed.labels
     assert torch.equal(again, epochs[5].packed.labels)
+
+
+def test_dialogues_that_teach_nothing_are_not_validated_on(store: FrameStore, template: Template) -> None:
+    asked = narrated("abcd").model_copy(update={"dialogue_id": "asked", "frames": (0, 0)}).model_dump()
+    blind = Dialogue.model_validate(asked | {"conversation": [{"role": "user", "content": "What?"}]})
+    data = TrainingSet([blind, narrated("abcd"), blind, narrated("ab")], store, template)
+    assert sorted(Validation(data, 4).share) == [1, 3]
+    assert len(Validation(data, 1).share) == 1
+    with pytest.raises(DatasetError, match="none of 1 dialogues to validate on"):
+        Validation(TrainingSet([blind], store, template), 4)
 
 
 def test_a_dialogue_of_silence_only_keeps_a_frame_of_it(store: FrameStore, template: Template) -> None:

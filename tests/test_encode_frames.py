@@ -18,6 +18,7 @@ import yaml
 from actors.config import Config, ModelConfig
 from actors.encoder import EncoderConfig, FrameEncoder
 from actors.video import VideoFrame, read_frames
+from actors.vision import vision_fingerprint, vision_width
 from jobs import encode_frames, frame_chunks
 from jobs.encode_frames import EncodingError, OpenVideo, encode
 from jobs.frame_chunks import ChunkEncoder, Row, decoded_chunks
@@ -188,6 +189,32 @@ def test_a_store_of_another_rate_is_refused_before_anything_is_encoded(settings_
     )
     with pytest.raises(StoreError, match=r"fingerprint other, not siglip/32px/cls\+3x3/\w+; fps 4\.0, not 2\.0"):
         encode(config)
+
+
+def test_another_video_of_an_id_that_is_in_the_store_is_refused(settings_of, tmp_path: Path) -> None:
+    here = write_clip(tmp_path / "videos" / "one.mp4", frames=8)
+    config = settings_of()
+    model = config.model
+    info = StoreInfo(
+        fingerprint=vision_fingerprint(model),
+        vision=model.vision,
+        fps=2.0,
+        num_tokens=model.frames.num_tokens,
+        width=vision_width(model.vision),
+    )
+    store = FrameStore.create(tmp_path / "store", info)
+    there = tmp_path / "elsewhere" / "one.mp4"
+    there.parent.mkdir()
+    shutil.copy(here, there)
+    with store.locked(), store.writer("one", source=str(there)) as writer:
+        writer.append([0.0], torch.zeros(1, info.num_tokens, info.width, dtype=torch.float16))
+        writer.commit()
+    assert encode(config).present == 1  # a copy is the same video
+    there.write_bytes(b"another video")
+    with pytest.raises(StoreError, match=r"another video under the id 'one': they are of .*elsewhere/one\.mp4"):
+        encode(config)
+    there.unlink()
+    assert encode(config).present == 1  # it was moved, as far as anybody can tell
 
 
 @pytest.mark.slow

@@ -295,6 +295,15 @@ def test_the_offline_benchmarks_are_answered_and_graded(
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_no_dialogues_are_no_evaluation(
+    evaluate: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_dialogues(tmp_path, [])
+    assert evaluate() == 1
+    assert "has no dialogues: raise data.validation_fraction" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_online_benchmarks_ask_their_questions_in_streams(
     evaluate: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,6 +15,7 @@ from actors import checkpoint
 from actors.config import ModelConfig
 from actors.dialogue import Rendered, Template
 from actors.turns import Assistant, Stream, System, Turn, User
+from jobs.dataset import clip
 from jobs.metrics import NOTHING_GRADED, Forward, Reply, evaluate, forward_of, paper_average, paper_row, summarize
 
 VERSIONS = ("live1", "live1plus")
@@ -235,6 +236,18 @@ def test_strict_finds_a_late_answer_in_frames_after_the_last_answer() -> None:
     turns = [SYSTEM, stream(4), ANSWER, stream(4, False)]
     assert scripted(turns, {5})[0].frame_diff == -2
     assert scripted(turns, {5}, mode="paper")[0].frame_diff == 0
+
+
+def test_a_dialogue_that_was_clipped_anywhere_is_graded_as_far_as_it_goes() -> None:
+    kind = template("tiny", "live1plus")
+    whole = kind.render([SYSTEM, stream(2), ANSWER, stream(2), Assistant(content="You", learn=True)])
+    graded = set()
+    for limit in range(1, len(whole.input_ids) + 1):
+        dialogue = clip(whole, limit, kind.frame_id)
+        frames = torch.zeros(dialogue.num_frames, 10, 1)
+        replies = evaluate(lambda ids, frames, at: torch.zeros(len(at), kind.frame_id), kind, dialogue, frames)
+        graded.add(sum(reply.num_text for reply in replies))
+    assert graded == set(range(sum(whole.in_answer) + 1))
 
 
 def test_strict_perplexity_is_that_of_all_answer_tokens() -> None:

@@ -284,6 +284,31 @@ def test_subtitles_of_somebody_else_are_not_overwritten(samples: Path) -> None:
         find_tasks([samples], samples)
 
 
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        ({"a.vtt": "WEBVTT\n"}, "a.vtt"),
+        ({"a.jsonl": '{"video": "a.mp4", "captions": []}\n', "a.srt": ""}, "a.jsonl"),
+        ({"a.jsonl": "no JSON\n"}, "a.jsonl"),
+        ({"a.jsonl": '"text"\n'}, "a.jsonl"),
+    ],
+)
+def test_texts_beside_a_video_are_not_overwritten(files: dict[str, str], named: str, tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").touch()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=f"{re.escape(named)} is no narration of ours"):
+        find_tasks([tmp_path], tmp_path)
+
+
+@pytest.mark.parametrize("rows", ["", '{"video": "a.mp4", "time": 1.0, "role": "user", "text": "What?"}\n'])
+def test_a_narration_of_ours_may_be_made_again(rows: str, tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").touch()
+    for name, text in (("a.srt", ""), ("a.vtt", "WEBVTT\n"), ("a.jsonl", rows)):
+        (tmp_path / name).write_text(text)
+    assert len(find_tasks([tmp_path], tmp_path)) == 1
+
+
 # Ray warns about its own settings when it copies them.
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")

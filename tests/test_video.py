@@ -16,6 +16,7 @@ from PIL import Image
 
 from actors import video
 from actors.video import VideoError, encode_jpeg, fit_square, probe, read_frames
+from jobs.extents import frames_in
 
 SAMPLE_NAMES = ("big_buck_bunny_trailer", "hands_and_objects")
 RATES = (0.5, 1, 2, 5, 8, 10, 24000 / 1001, 24, 25, 29.97, 30, 60)
@@ -208,6 +209,16 @@ def test_samples_last_over_thirty_seconds_and_their_narration_fits(samples: Path
     hours, minutes, seconds = ends[-1].replace(",", ".").split(":")
     assert len(ends) >= 8
     assert int(hours) * 3600 + int(minutes) * 60 + float(seconds) <= info.duration
+
+
+@pytest.mark.parametrize("fps", [1, 2, 10])
+@pytest.mark.parametrize("stamps", [[0, 40, 80, 1500], [0, 900, 940, 980, 2600], [0, 3000]])
+def test_of_a_video_whose_rate_varies_no_frame_is_promised_that_it_has_not(
+    tmp_path: Path, fps: float, stamps: list[int]
+) -> None:
+    path = write_video(tmp_path / "clip.mp4", stamps, Fraction(1, 1000))
+    there = sum(1 for _ in read_frames(path, fps, 32))
+    assert there - 1 <= frames_in(probe(path), fps) <= there
 
 
 def test_probe_tells_size_rate_and_length(sample_video: Path) -> None:

@@ -57,6 +57,15 @@ def test_videos_come_from_folders_files_lists_and_dialogues(tmp_path: Path) -> N
     }
 
 
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_split_that_somebody_wrote_by_hand_may_be_alone(split: str, tmp_path: Path) -> None:
+    dialogue = Dialogue(
+        dialogue_id="1", task="narration", video_id="e", video="/abs/e.mp4", fps=2.0, frames=(0, 0), conversation=()
+    )
+    (tmp_path / f"{split}.jsonl").write_text(to_line(dialogue))
+    assert find_videos([], tmp_path) == {"e": "/abs/e.mp4"}
+
+
 def test_two_videos_of_one_id_are_refused(tmp_path: Path) -> None:
     videos = [str(tmp_path / "a" / "x.mp4"), str(tmp_path / "b" / "x.mp4")]
     with pytest.raises(ConfigError, match=r"two videos have the id 'x': .*a/x\.mp4 and .*b/x\.mp4"):
