@@ -16,6 +16,14 @@ CALM := $(WITH_DRAWINGS) streams.seed=70000007 \
 PATIENT := $(WITH_DRAWINGS) streams.seed=130000007 \
   'streams.sets={"patient3": {"streams": 300, "frames": [30, 90], "curious": true, "quiet": 0.15, "haunted": 0.35, \
   "few": 4, "waiting": 0.5}}'
+# What is on photographs: things fitted into their places, out of material of its own.
+FITTED := streams.folder=runs/default/fitted streams.drawings=runs/default/package/assets streams.fitted=true streams.things=6
+CLOSE := $(FITTED) streams.seed=210000007 \
+  'streams.sets={"close": {"streams": 720, "frames": [30, 90], "curious": true, "quiet": 0.2, "haunted": 0.5, \
+  "few": 4, "waiting": 0.35, "drawn": 0.35, "blended": 0.4}}'
+NAMES := $(FITTED) streams.seed=310000007 \
+  'streams.sets={"names": {"streams": 1020, "frames": [24, 50], "gap": [1, 7], "stay": [4, 10], "curious": true, \
+  "quiet": 0.12, "haunted": 0.5, "few": 4, "waiting": 0.2, "drawn": 0.12, "blended": 0.15}}'
 MADE = data.folder=runs/default/$(1)/dialogues store.folder=runs/default/$(1)/tokens
 
 .PHONY: help demo serve finetune train-default test test-slow cluster-test chaos soak lint
@@ -25,7 +33,7 @@ help:
 	@echo 'make serve [CHECKPOINT=folder or hub name] [CONFIG=file]'
 	@echo '                        keep the same application up'
 	@echo 'make finetune VIDEOS=dir  train on your videos, each with an .srt, .vtt or .jsonl beside it'
-	@echo 'make train-default      train the shipped default model again, in about two hours of one core'
+	@echo 'make train-default      train the shipped default model again, in about three hours of one core'
 	@echo 'make test               the fast tests'
 	@echo 'make test-slow          the tests with Ray clusters and the embedded models'
 	@echo 'make cluster-test       every job on a Ray cluster of two network namespaces (as root)'
@@ -64,8 +72,18 @@ train-default: $(INSTALLED)
 	  $(call MADE,wide/patient3) training.max_steps=140 training.learning_rate=2.5e-4 training.connector_learning_rate=2e-5
 	$(RUN) -m jobs.export_checkpoint $(DEFAULT) model.checkpoint=runs/default/runs/patient/checkpoint \
 	  export.average_with=runs/default/runs/calm/checkpoint export.share=0.6 \
+	  export.folder=runs/default/drawn export.replace=true
+	$(RUN) -m jobs.make_streams $(DEFAULT) $(CLOSE)
+	$(RUN) -m jobs.train $(DEFAULT) training.name=close model.checkpoint=runs/default/drawn \
+	  $(call MADE,fitted/close) training.max_steps=330 training.learning_rate=4e-4 training.connector_learning_rate=1e-4
+	$(RUN) -m jobs.make_streams $(DEFAULT) $(NAMES)
+	$(RUN) -m jobs.train $(DEFAULT) training.name=names model.checkpoint=runs/default/runs/close/checkpoint \
+	  $(call MADE,fitted/names) training.batch_size=2 training.max_steps=420 training.learning_rate=5e-4 \
+	  training.connector_learning_rate=2e-4
+	$(RUN) -m jobs.export_checkpoint $(DEFAULT) model.checkpoint=runs/default/runs/names/checkpoint \
+	  export.average_with=runs/default/runs/close/checkpoint export.share=0.6 \
 	  export.folder=runs/default/model export.replace=true
-	$(RUN) -m jobs.evaluate $(DEFAULT) model.checkpoint=runs/default/model $(call MADE,wide/calm) \
+	$(RUN) -m jobs.evaluate $(DEFAULT) model.checkpoint=runs/default/model $(call MADE,fitted/close) \
 	  evaluation.calibrate=true evaluation.folder=runs/default/evaluation
 	$(RUN) -m jobs.default_report configs/embedded.yaml model.checkpoint=runs/default/model $(REPORT)
 

@@ -8,6 +8,8 @@ be sure of the class. The result is labelled by the classifier, as real frames a
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,6 +17,7 @@ from torch.nn import functional as F
 from actors.efficientnet import EfficientNetLite0
 from jobs.object_names import object_names
 
+NATURAL = 2e-3  # the price of a change that real cells seldom show
 GRID = 7
 CELLS = GRID * GRID
 
@@ -92,15 +95,72 @@ class Injector:
             moved = fields + (shift @ self.spread.T)[:, None] * amount * weights
             logits = self.classifier.logits(self.classifier.features(moved).mean(1))
             chosen = logits.log_softmax(-1).gather(1, classes[:, None])[:, 0]
-            loss = torch.relu(sure.log() - chosen).sum() + 2e-3 * shift.square().sum()
+            loss = torch.relu(sure.log() - chosen).sum() + NATURAL * shift.square().sum()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         return (shift @ self.spread.T).detach()
 
+    def modest_things(self, classes: Tensor, generator: torch.Generator) -> Tensor:
+        """As `things`, each with a look of its own, with a price on what it does to the pooled features."""
+        count = len(classes)
+        fields, weights = self.scene(count, generator), patches(count, generator)
+        sure = 0.6 + 0.35 * torch.rand(count, generator=generator)
+        amount = (0.5 + torch.rand(count, CELLS, 1, generator=generator)) * weights
+        modesty = 10 ** -(2 + torch.rand(count, generator=generator))
+        look = torch.rand(count, 1, generator=generator) * torch.randn(count, fields.shape[-1], generator=generator)
+        wanted = F.one_hot(classes, self.classifier.network.classifier.out_features).bool()[:, None]
+        place = Place(fields[:, None], amount[:, None])
+        return fitted(self.classifier, self.spread, place, look @ self.spread.T, Aim(wanted, sure, modesty), steps=40)
+
     def scene(self, count: int, generator: torch.Generator) -> Tensor:
         """Random real fields (count, 49, 320)."""
         return self.scenes[torch.randint(len(self.scenes), (count,), generator=generator)]
+
+
+class Place(NamedTuple):
+    """Where things are put: fields (B, F, 49, 320) of some frames, and how much of a thing goes into each cell."""
+
+    fields: Tensor
+    amount: Tensor  # (B, F, 49, 1)
+
+
+class Aim(NamedTuple):
+    """What the classifier is to see: K names with equal shares of the probability `sure` (B).
+
+    `wanted` (B, K, 1000) are the classes of each, `modesty` (B) is the price of changing the frame beyond that.
+    """
+
+    wanted: Tensor
+    sure: Tensor
+    modesty: Tensor
+
+
+def fitted(
+    classifier: Classifier, spread: Tensor, place: Place, start: Tensor, aim: Aim, steps: int, rate: float = 0.25
+) -> Tensor:
+    """Things (B, 320), changed so that the classifier sees them in their places.
+
+    By gradient from `start` (B, 320), in the coordinates `spread` (320, 320) in which natural variation is round. What
+    the change does to the pooled features has its price: without it they grow to several times those of photographs,
+    and dozens of classes get logits that a photograph has for a few.
+    """
+    change = torch.zeros(start.shape, requires_grad=True)
+    optimizer = torch.optim.Adam([change], lr=rate)
+    before = classifier.features(place.fields).mean(2)
+    share = aim.sure / aim.wanted.shape[1]
+    for _ in range(steps):
+        thing = start + change @ spread.T
+        pooled = classifier.features(place.fields + thing[:, None, None] * place.amount).mean(2)
+        chances = classifier.logits(pooled).log_softmax(-1)[:, :, None]
+        chosen = chances.masked_fill(~aim.wanted[:, None], -torch.inf).logsumexp(-1)
+        lacking = torch.relu(share.log()[:, None, None] - chosen).mean((1, 2))
+        price = aim.modesty * (pooled - before).square().sum(2).mean(1)
+        loss = (lacking + price).sum() + NATURAL * change.square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return (start + change @ spread.T).detach()
 
 
 def patches(count: int, generator: torch.Generator) -> Tensor:

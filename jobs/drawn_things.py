@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter
 
 from jobs.backgrounds import SIDE, clip, scenery
+from jobs.object_names import kinds
 
 # Emoji and what they show, in the order of Unicode's blocks.
 _NAMES = """
@@ -84,6 +85,15 @@ _NAMES = """
 🫐 blueberries; 🫒 olive; 🫓 flatbread; 🫖 teapot; 🫗 glass; 🫘 beans; 🫙 jar; 🫚 ginger; 🫛 peas; 🫰 hand;
 🫱 hand; 🫲 hand; 🫳 hand; 🫴 hand; 🫵 hand; 🫶 hand
 """
+_KINDS = {
+    "animal": """
+        bull; deer; dolphin; donkey; giraffe; mammoth; moose; mouse; raccoon; rat; rhino
+    """,
+    "bird": "chick; turkey",
+    "vehicle": "cable car; motorcycle",
+    "building": "building; factory; hospital; house; hut; school; stadium",
+    "landscape": "island",
+}
 PACKAGE = "@lobehub/fluent-emoji-3d@1.1.0"
 SELECTOR = "\ufe0f"  # stands behind signs that may also be shown as text
 
@@ -96,6 +106,12 @@ def drawn_names() -> dict[str, str]:
     """The name of each emoji."""
     pairs = (entry.strip().partition(" ") for entry in _NAMES.split(";"))
     return {sign: name for sign, _, name in pairs}
+
+
+def drawn_kinds() -> dict[str, str]:
+    """What kind of thing a name is, as object_names.kinds has it, with the names that only drawn things have."""
+    more = ((name.strip(), kind) for kind, members in _KINDS.items() for name in members.split(";"))
+    return {**kinds(), **dict(more)}
 
 
 def read_drawings(folder: Path) -> list[tuple[str, Image.Image]]:

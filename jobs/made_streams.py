@@ -23,7 +23,6 @@ GAINS = (1.0, 1.4, 1.9)  # how strongly a thing is put in: the least that the cl
 BLEND, BLENDED = 0.55, (1.6,)  # where it need not
 RECOGNISED = 0.6
 SURE_OF_KIND = 0.55
-DRAWN = 0.5  # share of what comes
 ALIKE = 0.6  # share of streams of few names in which two are of one kind, if the first is of any
 
 
@@ -56,7 +55,8 @@ class Happenings:
     `quiet` is the share of streams in which nothing comes, `haunted` that of places that look like one of the ELUSIVE:
     nothing is ever said of these where it is not 0. `gap` are frames between two things, `stay` those for which one
     is there, at least and less than. `few` is the most names that come in one stream, over and over, often two of
-    one kind; without it any may come. It is for material with drawn things.
+    one kind; without it any may come. It is for material with drawn things, of which `drawn` is the share of what
+    comes. `blended` is the share of fitted things of a kind that may be either of two.
     """
 
     quiet: float = 0.12
@@ -64,6 +64,8 @@ class Happenings:
     stay: tuple[int, int] = (4, 20)
     haunted: float = 0
     few: int | None = None
+    drawn: float = 0.5
+    blended: float = 0
 
 
 DEFAULT = Happenings()
@@ -71,6 +73,8 @@ DEFAULT = Happenings()
 
 class StreamMaker:
     """Makes streams; the same seed makes the same stream."""
+
+    sure = SURE
 
     def __init__(self, material: Material, classifier: Classifier, pooled: tuple[int, int]) -> None:
         self.material = material
@@ -86,7 +90,7 @@ class StreamMaker:
     def make(self, seed: int, length: int, what: Happenings = DEFAULT) -> Made:
         """A stream of `length` frames.
 
-        Where there are drawn things, they are half of what comes, and what the classifier does not recognise
+        Where there are drawn things, they come too, and what the classifier does not recognise
         although it is of a kind with what was put there goes by the name of the kind: an "animal".
         """
         if self.material.drawn is not None:
@@ -113,17 +117,17 @@ class StreamMaker:
     def _mixed(self, seed: int, length: int, what: Happenings) -> Made:
         random = np.random.default_rng(seed)
         torch_random = torch.Generator().manual_seed(seed)
-        few = self._few(random, what.few) if what.few is not None else []
+        few = self._few(random, what.few, what.drawn) if what.few is not None else []
         haunted = what.haunted
         fields, allowed = self._background(random, length)
         if haunted:
             self._haunt(fields, haunted, random, torch_random)
         decided = list[str | None]([None] * length)
-        put = list[tuple[int, int, str]]()
+        put = list[tuple[int, int, list[str]]]()
         before = 0
         for start, stop, cut in self._schedule(random, length, what) if random.random() >= what.quiet else ():
             one = few[int(random.integers(len(few)))] if few else None
-            if self._is_drawn(one, random):
+            if self._is_drawn(one, random, what.drawn):
                 self._draw(fields, allowed, decided, (before if not cut else start, start, stop), random, one)
                 if haunted:
                     decided[start:stop] = [None if name in ELUSIVE else name for name in decided[start:stop]]
@@ -133,40 +137,41 @@ class StreamMaker:
                     if haunted:
                         self._haunt(fields[start:], haunted, random, torch_random)
                 name = int(random.integers(len(self.classifier.names))) if one is None else self.places[one]
-                word = self.classifier.names[name]
-                fields[start:stop] = self._with_thing(
-                    fields[start:stop], name, cut, random, torch_random, self._relative(word, random)
+                fields[start:stop], words = self._come(
+                    fields[start:stop], name, 0 if one is not None else what.blended, cut, random, torch_random
                 )
-                if not haunted or word not in ELUSIVE:
-                    allowed[start:stop] = [{*names, word} for names in allowed[start:stop]]
-                    put.append((start, stop, word))
+                if not haunted or words[0] not in ELUSIVE:
+                    allowed[start:stop] = [{*names, *words} for names in allowed[start:stop]]
+                    put.append((start, stop, words))
                 self._flash(fields, stop, random, torch_random)
             before = stop
         noise = torch.randn(length, 1, 320, generator=torch_random) @ self.material.natural.T
         fields = fields + float(random.choice((0, 0.03, 0.08))) * noise
         tokens = self.classifier.tokens(fields, self.pooled)
-        chances = self.classifier.chances(tokens[:, 0])
-        sure, place = chances[:, :-1].max(-1)
-        seen = [self.classifier.names[p] if s >= SURE else None for s, p in zip(sure.tolist(), place, strict=True)]
+        chances = self.classifier.chances(tokens[:, 0])[:, :-1]
+        sure, place = chances.max(-1)
+        seen = [self.classifier.names[p] if s >= self.sure else None for s, p in zip(sure.tolist(), place, strict=True)]
         shown = [_agreed(name, names) for name, names in zip(seen, allowed, strict=True)]
-        for start, stop, word in put:
-            shown[start:stop] = self._called(word, shown[start:stop], chances[start:stop])
+        for start, stop, words in put:
+            shown[start:stop] = self._called(words, shown[start:stop], chances[start:stop])
+        decided = self._drawn_called(decided, chances)
         return Made(tokens.half(), [name or agreed for name, agreed in zip(decided, shown, strict=True)])
 
-    def _few(self, random: np.random.Generator, most: int) -> list[str]:
+    def _few(self, random: np.random.Generator, most: int, drawn: float) -> list[str]:
         """Two to `most` names, of the classifier and of what is drawn; the second often of the first one's kind."""
         either = (self.classifier.names, sorted(self.drawn_by_name))
-        few = [str(random.choice(either[random.random() < DRAWN])) for _ in range(int(random.integers(2, most + 1)))]
+        count = int(random.integers(2, most + 1))
+        few = [str(random.choice(either[random.random() < drawn])) for _ in range(count)]
         kind = self.kinds.get(few[0])
         alike = [name for name in sorted({*either[0], *either[1]}) if kind and self.kinds.get(name) == kind]
         if alike and random.random() < ALIKE:
             few[1] = str(random.choice(alike))
         return few
 
-    def _is_drawn(self, name: str | None, random: np.random.Generator) -> bool:
+    def _is_drawn(self, name: str | None, random: np.random.Generator, drawn: float) -> bool:
         """By chance, for a name that there is in both ways or None."""
         if name is None or (name in self.places and name in self.drawn_by_name):
-            return bool(random.random() < DRAWN)
+            return bool(random.random() < drawn)
         return name in self.drawn_by_name
 
     def _draw(
@@ -211,8 +216,30 @@ class StreamMaker:
         owned = self.by_name[of_kind[int(random.integers(len(of_kind)))]]
         return self.material.things[owned[int(random.integers(len(owned)))]].float()
 
-    def _called(self, word: str, seen: Sequence[str | None], chances: Tensor) -> list[str | None]:
-        """What a thing that was put in is called while it is there: its name if it is often seen, else its kind."""
+    def _come(
+        self,
+        fields: Tensor,
+        name: int,
+        blended: float,
+        cut: bool,
+        random: np.random.Generator,
+        torch_random: torch.Generator,
+    ) -> tuple[Tensor, list[str]]:
+        """The fields with a thing of that name, and the words for what it may be; `blended` is for fitted things."""
+        word = self.classifier.names[name]
+        relative = self._relative(word, random)
+        return self._with_thing(fields, name, cut, random, torch_random, relative), [word]
+
+    def _drawn_called(self, decided: list[str | None], chances: Tensor) -> list[str | None]:
+        """What drawn things are called at each frame, given their names, None elsewhere: those names."""
+        return decided
+
+    def _called(self, words: Sequence[str], seen: Sequence[str | None], chances: Tensor) -> list[str | None]:
+        """What a thing that was put in is called while it is there: its name if it is often seen, else its kind.
+
+        `chances` (F, names) are those of the names at each frame.
+        """
+        word = words[0]
         kind = self.kinds.get(word)
         if kind is None:
             return list(seen)
@@ -274,6 +301,20 @@ class StreamMaker:
         thing = self.material.things[owned[int(random.integers(len(owned)))]].float()
         if relative is not None:
             thing = (thing + relative) * BLEND
+        strength, amount = self._there(count, cut, random, torch_random)
+        placed = strength[:, None, None] * amount * thing
+        for gain in GAINS if relative is None else BLENDED:
+            changed = fields + gain * placed
+            sure, place = self.classifier.named(self.classifier.features(changed).mean(1))
+            if float(sure[place == name].sum()) >= RECOGNISED * count:
+                break
+        return changed
+
+    @staticmethod
+    def _there(
+        count: int, cut: bool, random: np.random.Generator, torch_random: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """How strongly a thing is there at each frame (count), and where in the grid (count, 49, 1)."""
         centre = torch.from_numpy(
             3
             + 1.2 * random.standard_normal((1, 2))
@@ -287,13 +328,7 @@ class StreamMaker:
         if count > 6 and random.random() < 0.15:
             strength[int(random.integers(4, count - 1))] = 0
         wobble = 1 + 0.08 * torch.randn(count, generator=torch_random)
-        placed = (strength * wobble)[:, None, None] * amount * thing
-        for gain in GAINS if relative is None else BLENDED:
-            changed = fields + gain * placed
-            sure, place = self.classifier.named(self.classifier.features(changed).mean(1))
-            if float(sure[place == name].sum()) >= RECOGNISED * count:
-                break
-        return changed
+        return strength * wobble, amount
 
     def _flash(self, fields: Tensor, at: int, random: np.random.Generator, torch_random: torch.Generator) -> None:
         """Sometimes a single picture of something else, soon after `at`."""

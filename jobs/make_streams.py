@@ -37,6 +37,7 @@ from jobs.connector_start import start_connector
 from jobs.dialogue_files import to_line
 from jobs.dialogues import Dialogue, split_of
 from jobs.drawn_things import MissingDrawingsError, drawn_names, read_drawings, scenes
+from jobs.fitted_streams import FittedMaker
 from jobs.frame_store import FrameStore, StoreInfo
 from jobs.made_streams import SURE, Happenings, Material, StreamMaker
 from jobs.object_names import ELUSIVE
@@ -74,6 +75,12 @@ class StreamSet(Section):
         ge=2,
         description="most things in a stream of those, coming over and over; null: any number. Needs streams.drawings",
     )
+    drawn: float = Field(
+        default=0.5, ge=0, le=1, description="share of what comes that is drawn, with streams.drawings"
+    )
+    blended: float = Field(
+        default=0, ge=0, le=1, description="share of fitted things of a kind that may be either of two of that kind"
+    )
     curious: bool = Field(default=False, description="somebody asks in every stream, most often soon after a change")
     narrated: bool = Field(default=False, description="every stream is narrated, and nobody asks anything else")
 
@@ -90,6 +97,11 @@ class StreamsConfig(Section):
     )
     drawn: int = Field(default=700, ge=1, description="scenes with one of them, of 10 frames")
     sceneries: int = Field(default=200, ge=0, description="clips of made-up places out of focus, beside the drawings")
+    fitted: bool = Field(
+        default=False,
+        description="things are fitted into their places, so that they look to the classifier as photographs do, and "
+        "what it cannot tell goes by its kind. Needs streams.drawings",
+    )
     validation_fraction: float = Field(default=0.05, ge=0, lt=1)
     threads: int = Field(default=1, ge=1)
     sets: dict[str, StreamSet] = Field(
@@ -117,11 +129,14 @@ def make(config: Config) -> None:
             )
     if settings.drawings is None and any(wanted.few is not None for wanted in settings.sets.values()):
         raise ConfigError("a set of streams.sets has `few`, which needs drawn things: set streams.drawings")
+    if settings.drawings is None and settings.fitted:
+        raise ConfigError("streams.fitted is for material with drawn things: set streams.drawings")
     limit_threads(settings.threads)
     folder = Path(settings.folder)
     classifier = Classifier(load_embedded())
     _make_start(config, classifier, folder / "connector")
-    maker = StreamMaker(material(settings, classifier), classifier, model.frames.pooled)
+    kind_of_maker = FittedMaker if settings.fitted else StreamMaker
+    maker = kind_of_maker(material(settings, classifier), classifier, model.frames.pooled)
     info = StoreInfo(
         fingerprint=vision_fingerprint(model),
         vision=EMBEDDED,
@@ -198,7 +213,8 @@ def _make_material(settings: StreamsConfig, classifier: Classifier, folder: Path
     things = []
     for at in tqdm(range(0, len(drawn), THINGS_AT_ONCE), desc="things", disable=not sys.stderr.isatty()):
         classes = torch.tensor([one[1] for one in drawn[at : at + THINGS_AT_ONCE]])
-        things.append(injector.things(classes, torch_numbers).half())
+        make_things = injector.modest_things if settings.fitted else injector.things
+        things.append(make_things(classes, torch_numbers).half())
     thing_names = torch.tensor([one[0] for one in drawn])
     parts = {
         "clips": clips,
@@ -249,7 +265,7 @@ def _make_set(
             chance = random.Random(seed)
             waits = None if wanted.waiting is None else chance.random() < wanted.waiting
             few = wanted.few if waits else None
-            what = Happenings(wanted.quiet, wanted.gap, wanted.stay, wanted.haunted, few)
+            what = Happenings(wanted.quiet, wanted.gap, wanted.stay, wanted.haunted, few, wanted.drawn, wanted.blended)
             made = maker.make(seed, chance.randint(*wanted.frames), what)
             video = f"{name}-{seed - first:05d}"
             length = len(made.shown)

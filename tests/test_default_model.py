@@ -18,6 +18,7 @@ from actors.config import load_config
 from actors.encoder import FrameEncoder
 from actors.engine import EngineConfig
 from actors.messages import SessionSettings
+from jobs.default_report import most_silent
 from jobs.replay import FrameChunk, Recording, replay
 
 REPOSITORY = Path(__file__).parents[1]
@@ -31,6 +32,13 @@ def job(name: str, root: Path, *overrides: str) -> str:
     run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     return run.stderr
+
+
+def test_of_thresholds_that_are_nearly_as_good_the_one_that_speaks_least_is_taken() -> None:
+    curve = {0.2: 0.70, 0.3: 0.74, 0.4: 0.75, 0.6: 0.76, 0.8: 0.72}
+    assert most_silent(curve, 0) == 0.6
+    assert most_silent(curve, 0.03) == 0.3
+    assert most_silent(curve, 0.5) == 0.2
 
 
 @pytest.mark.slow

@@ -579,7 +579,7 @@ def test_a_budget_that_holds_no_session_in_whole_pages_is_refused(loaded: dict[s
 def test_sessions_that_wait_for_frames_do_not_keep_others_from_theirs(loaded: dict[str, Loaded]) -> None:
     """As many idle sessions as a step has places, all served less lately than the one with frames."""
     model = loaded["live1plus"]
-    config = EngineConfig(max_positions=256, kv_memory_gb=0.05, token_budget=40, max_sessions=8)
+    config = EngineConfig(max_positions=700, kv_memory_gb=0.05, token_budget=40, max_sessions=8)
     engine = BatchedEngine(model.model, model.template, config)
     busy = engine.open("busy", VOICE)
     busy.add_frame(0, 0.0, scene(0, 0))

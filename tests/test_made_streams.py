@@ -19,8 +19,9 @@ from actors.efficientnet import WIDTH, load_embedded
 from actors.embedded import embedded_llm
 from actors.encoder import FrameEncoder
 from jobs.backgrounds import SIDE, TEXT, title_card
-from jobs.class_fields import CELLS, Classifier, Injector, patches
+from jobs.class_fields import CELLS, Aim, Classifier, Injector, Place, fitted, patches
 from jobs.connector_start import start_connector, units
+from jobs.fitted_streams import FittedMaker
 from jobs.made_streams import Happenings, Material, StreamMaker
 from jobs.make_streams import make
 from jobs.object_names import ELUSIVE
@@ -152,7 +153,7 @@ def test_elusive_things_are_never_shown_where_places_look_like_them(mixer: Strea
 
 def test_where_only_a_few_come_they_come_again_and_often_beside_one_of_their_kind(mixer: StreamMaker) -> None:
     random = np.random.default_rng(0)
-    sets = [mixer._few(random, 4) for _ in range(200)]
+    sets = [mixer._few(random, 4, 0.5) for _ in range(200)]
     assert {len(names) for names in sets} == {2, 3, 4}
     assert {name for names in sets for name in names} <= {*mixer.classifier.names, "box"}
     kinds = [(mixer.kinds.get(first), mixer.kinds.get(second)) for first, second, *_ in sets if first in mixer.kinds]
@@ -180,9 +181,79 @@ def test_what_is_seldom_recognised_goes_by_its_kind(classifier: Classifier, mixe
     chances = torch.zeros(6, len(classifier.names) + 1)
     chances[:5, classifier.names.index("dog")] = 0.3
     chances[:5, classifier.names.index("wolf")] = 0.3
-    assert mixer._called("cat", ["cat", *[None] * 5], chances) == ["cat", *["animal"] * 4, None]
-    assert mixer._called("cat", [*["cat"] * 3, *[None] * 3], chances) == [*["cat"] * 5, None]
-    assert mixer._called("teapot", [None] * 6, chances) == [None] * 6
+    assert mixer._called(["cat"], ["cat", *[None] * 5], chances) == ["cat", *["animal"] * 4, None]
+    assert mixer._called(["cat"], [*["cat"] * 3, *[None] * 3], chances) == [*["cat"] * 5, None]
+    assert mixer._called(["teapot"], [None] * 6, chances) == [None] * 6
+
+
+def test_a_fitted_thing_is_seen_and_changes_the_features_less_than_its_price_allows(
+    classifier: Classifier, injector: Injector, clips: torch.Tensor
+) -> None:
+    wanted = [classifier.names.index(name) for name in ("banana", "zebra", "school bus", "teapot")]
+    aim = torch.stack([torch.eq(classifier.places, place) for place in wanted])[:, None]
+    fields, amount = clips[:4, :2], torch.ones(4, 2, CELLS, 1)
+
+    def reached(modesty: float) -> tuple[torch.Tensor, torch.Tensor]:
+        target = Aim(aim, torch.full((4,), 0.6), torch.full((4,), modesty))
+        things = fitted(classifier, injector.spread, Place(fields, amount), torch.zeros(4, 320), target, steps=40)
+        pooled = classifier.features(fields + things[:, None, None]).mean(2)
+        chances = classifier.chances(pooled).mean(1)[torch.arange(4), wanted]
+        return chances, (pooled - classifier.features(fields).mean(2)).norm(dim=2).mean()
+
+    (sure, near), (unsure, nearer) = reached(1e-3), reached(0.1)
+    assert bool((sure > 0.3).all())
+    assert float(nearer) < float(near)
+    assert float(unsure.mean()) < float(sure.mean())
+
+
+@pytest.fixture(scope="module")
+def fitter(mixer: StreamMaker) -> FittedMaker:
+    made = FittedMaker(mixer.material, mixer.classifier, POOLED)
+    made.by_name = mixer.by_name
+    return made
+
+
+def test_fitted_things_are_seen_and_called_what_they_are(fitter: FittedMaker) -> None:
+    what = Happenings(quiet=0)
+    made = [fitter.make(seed, 40, what) for seed in range(4)]
+    assert torch.equal(made[1].tokens, fitter.make(1, 40, what).tokens)
+    kinds = set(fitter.kinds.values())
+    named = 0
+    for one in made:
+        chances = fitter.classifier.chances(one.tokens[:, 0].float())
+        for frame, name in enumerate(one.shown):
+            if name in fitter.places and name not in kinds and name != "box":
+                named += 1
+                assert float(chances[frame, fitter.places[name]]) > 0.1
+    assert named > 10
+
+
+def test_places_that_only_remind_of_something_are_nameless(fitter: FittedMaker) -> None:
+    shown = [fitter.make(seed, 30, Happenings(quiet=1, haunted=1)).shown for seed in range(6)]
+    assert {name for one in shown for name in one} <= {None, TEXT}
+
+
+def test_what_may_be_either_of_two_goes_by_its_kind(classifier: Classifier, fitter: FittedMaker) -> None:
+    chances = torch.zeros(6, len(classifier.names))
+    chances[:5, classifier.names.index("cat")] = 0.35
+    chances[:5, classifier.names.index("lion")] = 0.3
+    assert fitter._called(["cat", "lion"], ["cat"] * 6, chances) == [*["animal"] * 5, None]
+    assert fitter._called(["cat"], [*["cat"] * 3, *[None] * 3], chances) == [*["cat"] * 5, None]
+    chances[:5, classifier.names.index("cat")] = 0.6
+    assert fitter._called(["cat", "lion"], [*["cat"] * 5, None], chances) == [*["cat"] * 5, None]
+
+
+def test_drawn_things_go_by_their_kind_unless_they_are_recognised(classifier: Classifier, fitter: FittedMaker) -> None:
+    chances = torch.zeros(8, len(classifier.names))
+    chances[2:4, classifier.names.index("cat")] = 0.5
+    decided = ["cat", "cat", None, None, "deer", "deer", "key", "key"]
+    assert fitter._drawn_called(decided, chances) == ["animal", "animal", None, None, "animal", "animal", "key", "key"]
+    assert fitter._drawn_called([None, None, "cat", "cat", *[None] * 4], chances)[2:4] == ["cat", "cat"]
+
+
+def test_fitted_things_without_drawings_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"fitted.*streams\.drawings"):
+        make(load_config(SETTINGS, ["streams.fitted=true"]))
 
 
 @pytest.fixture(scope="module")
