@@ -177,7 +177,6 @@ def _attend_by_page(
     query: Tensor, keys: Tensor, values: Tensor, paged: tuple[Tensor, Tensor, Tensor, int, int], scaling: float
 ) -> Tensor:
     ends, used, table, longest_query, longest = paged
-    # One split: with several, flash attention has been seen to leave rows of paged keys unwritten (pytorch#194167).
     pages = (-1, PAGE, *keys.shape[1:])
     attended = varlen.varlen_attn(
         query.contiguous(),
@@ -192,6 +191,7 @@ def _attend_by_page(
         enable_gqa=True,
         seqused_k=used,
         block_table=table,
+        # With several, flash attention has been seen to leave rows of paged keys unwritten (pytorch#194167).
         num_splits=1,
     )
     assert isinstance(attended, Tensor)

@@ -14,7 +14,7 @@ from torch import Tensor
 from actors.attention import ATTENTION, Ragged, Span
 from actors.dialogue import Template
 from actors.engine import EngineConfig, KVUse, NoCapacity, StepResult
-from actors.kv import PAGE, KVMemory, Region
+from actors.kv import PAGE, KVMemory, Region, whole_pages
 from actors.lean import LeanDecoder
 from actors.messages import LogEntry, SessionSettings
 from actors.model import VideoLLM
@@ -163,7 +163,7 @@ class BatchedEngine:
         else:
             budget = (self.config.kv_memory_gb or DEFAULT_KV_GB) * 1e9
         positions = int(budget / each)
-        if positions // PAGE < -(-self.limits.capacity // PAGE):
+        if positions < whole_pages(self.limits.capacity):
             raise ValueError(
                 f"engine.kv_memory_gb of {budget / 1e9:.2f} holds {positions} positions, one session needs "
                 f"{self.limits.capacity} ({self.limits.capacity * each / 1e9:.2f} GB), both in whole pages of {PAGE}: "

@@ -26,6 +26,11 @@ class Region:
     length: int
 
 
+def whole_pages(positions: int) -> int:
+    """The positions of as many pages as hold `positions`."""
+    return -(-positions // PAGE) * PAGE
+
+
 class KVMemory:
     """`positions` positions for every layer of `config`'s model, in `dtype` on `device`.
 
@@ -75,12 +80,12 @@ class KVMemory:
 
     def fitting(self, positions: int) -> int:
         """How many regions of `positions` could be reserved now."""
-        length = -(-positions // PAGE) * PAGE
+        length = whole_pages(positions)
         return sum(region.length // length for region in self._free)
 
     def reserve(self, positions: int) -> Region:
         """A region of at least `positions`, whole pages. Raises NoCapacity when none is left in one piece."""
-        length = -(-positions // PAGE) * PAGE
+        length = whole_pages(positions)
         for index, region in enumerate(self._free):
             if region.length >= length:
                 rest = Region(region.start + length, region.length - length)

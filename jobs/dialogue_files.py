@@ -80,6 +80,12 @@ def read_videos(path: str | Path) -> dict[str, str]:
     return {dialogue.video_id: dialogue.video for dialogue in _from_lines(path) if dialogue.video}
 
 
+def has_dialogues(path: str | Path) -> bool:
+    """Whether there is a split at `path`, or one that somebody wrote by hand."""
+    path = Path(path)
+    return path.exists() or path.with_name(f"{path.name}.jsonl").exists()
+
+
 def find_dialogues(path: str | Path) -> Path:
     """`path`, or `path`.jsonl for a split that somebody wrote by hand. Raises DialogueFileError for none or both."""
     path = Path(path)

@@ -50,7 +50,7 @@ class FittedMaker(StreamMaker):
         kind = self.kinds.get(self.classifier.names[name])
         if kind is None or not share or random.random() >= share:
             return []
-        of_kind = [place for place, other in enumerate(self.classifier.names) if self.kinds.get(other) == kind]
+        of_kind = self._of_kind(kind)
         return [of_kind[int(random.integers(len(of_kind)))]]
 
     def _called(self, words: Sequence[str], seen: Sequence[str | None], chances: Tensor) -> list[str | None]:
@@ -63,7 +63,7 @@ class FittedMaker(StreamMaker):
         chance = chances[:, self.places[word]]
         kind = self.kinds.get(word) if len(words) > 1 else None
         if kind is not None and float(chance.median()) < SURE:
-            of_kind = [place for place, name in enumerate(self.classifier.names) if self.kinds.get(name) == kind]
+            of_kind = self._of_kind(kind)
             likely = chances[:, of_kind].sum(1) >= SURE_OF_KIND
             return [kind if there else None for there in likely.tolist()]
         if sum(name == word for name in seen) > len(seen) / 3:

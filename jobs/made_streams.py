@@ -212,9 +212,13 @@ class StreamMaker:
         kind = self.kinds.get(word)
         if kind is None or random.random() < 0.35:
             return None
-        of_kind = [place for place, name in enumerate(self.classifier.names) if self.kinds.get(name) == kind]
+        of_kind = self._of_kind(kind)
         owned = self.by_name[of_kind[int(random.integers(len(of_kind)))]]
         return self.material.things[owned[int(random.integers(len(owned)))]].float()
+
+    def _of_kind(self, kind: str) -> list[int]:
+        """The places of all names of that kind."""
+        return [place for place, name in enumerate(self.classifier.names) if self.kinds.get(name) == kind]
 
     def _come(
         self,
@@ -243,7 +247,7 @@ class StreamMaker:
         kind = self.kinds.get(word)
         if kind is None:
             return list(seen)
-        of_kind = [place for place, name in enumerate(self.classifier.names) if self.kinds.get(name) == kind]
+        of_kind = self._of_kind(kind)
         likely = (chances[:, of_kind].sum(1) >= SURE_OF_KIND).tolist()
         called = word if sum(name == word for name in seen) > len(seen) / 3 else kind
         return [name or (called if alike else None) for name, alike in zip(seen, likely, strict=True)]

@@ -19,7 +19,7 @@ from actors.dialogue import Template
 from actors.remote import is_remote
 from actors.vision import vision_fingerprint
 from jobs.dataset import DatasetError, TrainingSet
-from jobs.dialogue_files import read_dialogues, to_line
+from jobs.dialogue_files import has_dialogues, read_dialogues, to_line
 from jobs.dialogues import DataConfig
 from jobs.encode_frames import StoreConfig
 from jobs.frame_store import FrameStore
@@ -73,7 +73,7 @@ def load_validation(config: Config, template: Template | None = None) -> Trainin
 def check_held_out(config: Config, data: TrainingSet) -> None:
     """Raises DatasetError where a video to validate on is trained on, now or before in `model.checkpoint`."""
     folder = Path(config.section("data", DataConfig).folder)
-    if not (folder / "validation").exists() and not (folder / "validation.jsonl").exists():
+    if not has_dialogues(folder / "validation"):
         return
     held_out = {one.video_id for one in read_dialogues(folder / "validation") if one.num_frames}
     if both := sorted(held_out & set(data.video_ids())):

@@ -10,7 +10,7 @@ from actors.config import ConfigError
 from actors.remote import RemoteError, is_remote
 from jobs.annotations import VIDEO_SUFFIXES, video_id
 from jobs.dataset_files import FEATURES_SUFFIX
-from jobs.dialogue_files import PARQUET, read_videos
+from jobs.dialogue_files import PARQUET, has_dialogues, read_videos
 from jobs.dialogues import SPLITS
 from jobs.remote_files import list_files
 
@@ -26,7 +26,7 @@ def find_videos(sources: Sequence[str], dialogues: str | Path) -> dict[str, str]
     if not sources:
         splits = [Path(dialogues) / split for split in SPLITS]
         # Somebody who writes dialogues by hand need not have some to validate on.
-        there = [split for split in splits if split.exists() or split.with_name(f"{split.name}.jsonl").exists()]
+        there = [split for split in splits if has_dialogues(split)]
         sources = [str(split) for split in there or splits]
         named = [pair for source in sources for pair in _of_dialogues(Path(source))]
     videos: dict[str, str] = {}
