@@ -20,6 +20,7 @@ from actors.messages import (
     FrameSkipped,
     FrameTokens,
     InputRefused,
+    Interrupt,
     LogEntry,
     MessageError,
     Query,
@@ -116,7 +117,8 @@ class Held:
         while self.decided_at and self.decided_at[0][0] < entry.first_seq:
             self.decided_at.popleft()
         self.frame_ids = {seq: at for seq, at in self.frame_ids.items() if seq >= entry.first_seq}
-        needed = [*self.frame_ids.values(), *self.commands]
+        timed = {at: one for at, one in self.commands.items() if isinstance(one, Query) and one.time is not None}
+        needed = [*self.frame_ids.values(), *(self.commands.keys() - timed.keys())]
         in_id = min(needed, key=stream_order) if needed else self.cursor
         self.consumed = [at for at in self.consumed if stream_order(at) >= stream_order(in_id)]
         _, out_position, told = self.decided_at[0] if self.decided_at else (0, position, self.told)
@@ -125,6 +127,7 @@ class Held:
             out_position=min(out_position, position),
             in_id=in_id,
             consumed=self.consumed,
+            ahead=[(at, query) for at, query in timed.items() if stream_order(at) < stream_order(in_id)],
             recent=list(told.recent),
             responses=told.responses,
             spoken=told.spoken,
@@ -180,6 +183,9 @@ def rebuild(
             told = held.told
             session.recent, session.responses, session.spoken = told.recent, told.responses, told.spoken
             held.consumed = list(window.consumed)
+            for entry_id, query in window.ahead:
+                held.note_input(entry_id, query)
+                session.add(query)
         for entry_id, message in inputs:
             held.cursor = entry_id
             if entry_id not in held.consumed:
@@ -188,6 +194,10 @@ def rebuild(
         kept = [(position, entry) for position, entry in log if not window or position >= window.out_position]
         _check_bodies(held, [entry for _, entry in kept], first_seq)
         session.restore(entry for _, entry in kept)
+        if session.response is not None:
+            unread = Interrupt(after_seq=session.next_seq - 1, response_id=session.response.response_id)
+            if any(isinstance(one, Interrupt) and one.response_id == unread.response_id for _, one in inputs):
+                session.add(unread)
         for position, entry in kept:
             held.note_entry(position, entry)
     except Exception:

@@ -165,10 +165,15 @@ class Query(Message):
 
 
 class Interrupt(Message):
-    """Stop the response that is being spoken, now."""
+    """Stop the response that is being spoken, now.
+
+    `response_id` is the one its sender heard, if any. A replica that takes a session over cannot see which response an
+    interrupt met, and cuts only the one it names.
+    """
 
     kind = "interrupt"
     after_seq: int = Field(ge=-1)
+    response_id: str | None = None
 
 
 class SettingsChange(Message):
@@ -264,12 +269,14 @@ class Evicted(Message):
     """The context was rebuilt: system prompt, pinned query, memory, then everything from frame `first_seq`.
 
     `pinned` is the text of the standing instruction ("" when there is none or it is still in the
-    window); `memory` is what was said in dropped turns, within its budget.
+    window); `memory` is what was said in dropped turns, within its budget. `forgotten` positions had left the
+    context before, `positions_before` were in it.
     """
 
     kind = "evicted"
     first_seq: int = Field(ge=0)
     positions_before: int
+    forgotten: int = 0
     pinned: str = ""
     memory: str = ""
 
@@ -287,8 +294,8 @@ class Window(Message):
     """Where a takeover starts to read: kept in the session's meta by its owner, written before trimming.
 
     `out_position` is the log entry that decided `first_seq`; `in_id` the input entry from which
-    bodies are kept; `consumed` the input entries at or after it that have already been acted on. Before
-    `out_position` there were `responses` with `spoken` tokens, `recent` the latest that nobody had asked for.
+    bodies are kept; `consumed` the input entries at or after it that have already been acted on, `ahead` questions
+    from before it about a moment still to come, with their input entries. Before `out_position` there were `responses` with `spoken` tokens, `recent` the latest that nobody had asked for.
     """
 
     kind = "window"
@@ -296,6 +303,7 @@ class Window(Message):
     out_position: int = Field(ge=0)
     in_id: str
     consumed: list[str]
+    ahead: list[tuple[str, Query]] = []
     recent: list[str]
     responses: int = Field(default=0, ge=0)
     spoken: int = Field(default=0, ge=0)

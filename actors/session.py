@@ -321,9 +321,9 @@ class Session:
                 self.settings = entry.settings
                 self.trigger, self.keep = self.limits.window(entry.settings)
             case Evicted():
-                before = self.context.length
                 self.context.rebuild(Eviction(entry.first_seq, entry.pinned, entry.memory), self._prompt())
-                self.forgotten += before - self.context.length
+                # Not from what is here: a takeover folds no more than the window.
+                self.forgotten = entry.forgotten + entry.positions_before - self.context.length
                 self.next_seq = max(self.next_seq, entry.first_seq)
                 self.fed = 0
             case SessionEnded():
@@ -460,7 +460,11 @@ class Session:
         prompt = self._prompt() if prompt is None else prompt
         plan = self.context.plan_eviction(keep, self.limits.memory_tokens, prompt)
         return Evicted(
-            first_seq=plan.first_seq, positions_before=self.context.length, pinned=plan.pinned, memory=plan.memory
+            first_seq=plan.first_seq,
+            positions_before=self.context.length,
+            forgotten=self.forgotten,
+            pinned=plan.pinned,
+            memory=plan.memory,
         )
 
     def _start_response(self, query_id: str | None) -> ResponseStarted:

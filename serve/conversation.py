@@ -112,6 +112,7 @@ class Conversation:
         self._after = self._counted = -1
         self._first = 0
         self._asked = False
+        self._speaking: str | None = None  # the response that is open as far as the log was read
         self._in_force: SessionSettings | None = None
         self._refused = False  # the settings that were chosen last
         self._record = record
@@ -244,7 +245,7 @@ class Conversation:
 
     async def interrupt(self) -> None:
         """Stop the response that is being spoken."""
-        await self._say(Interrupt(after_seq=self.counts.admitted - 1))
+        await self._say(self._interrupt())
 
     def finish(self) -> None:
         """No more frames: `feed` sends the end once those that wait are admitted."""
@@ -257,7 +258,7 @@ class Conversation:
         if not self.opened or self.ended or self.taken.is_set() or await self._bus.abandon(self.id, reason):
             return
         with suppress_gone():
-            await self._bus.send(self.id, Interrupt(after_seq=self.counts.admitted - 1), self._connection)
+            await self._bus.send(self.id, self._interrupt(), self._connection)
             await self._bus.send(self.id, End(after_seq=self.counts.admitted - 1), self._connection)
 
     async def note_counts(self) -> None:
@@ -336,6 +337,10 @@ class Conversation:
         translator, position_told, number = Translator(), -1, 0
         async for position, entry in self._bus.tail(self.id, begin - 1):
             self._settle(position, entry)
+            if isinstance(entry, ResponseStarted):
+                self._speaking = entry.response_id
+            elif isinstance(entry, ResponseEnded):
+                self._speaking = None
             await self._take_back(position, entry)
             if position < start:
                 continue
@@ -376,6 +381,9 @@ class Conversation:
                 if isinstance(entry, ResponseEnded | FramesDecided):
                     return self._after + 1
         return self._after + 1
+
+    def _interrupt(self) -> Interrupt:
+        return Interrupt(after_seq=self.counts.admitted - 1, response_id=self._speaking)
 
     async def _say(self, message: Query | Interrupt | SettingsChange) -> None:
         """Send input to the model. Raises ClientError when it is too much or too large."""

@@ -5,13 +5,26 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import cast
 
+import pytest
 import torch
 from test_session import FRAME, Driver, make_session
 
 from actors.bus import Lease, SessionMeta
 from actors.engine import Engine
 from actors.held import Held, StoredInput, rebuild
-from actors.messages import End, Evicted, FrameTokens, Query, ResponseStarted, SettingsChange, Window, encode
+from actors.messages import (
+    End,
+    Evicted,
+    FrameTokens,
+    Interrupt,
+    Query,
+    QueryConsumed,
+    ResponseEnded,
+    ResponseStarted,
+    SettingsChange,
+    Window,
+    encode,
+)
 from actors.session import Limits, Session
 
 LEASE = Lease("s", 1)
@@ -66,6 +79,7 @@ def test_responses_are_numbered_on_although_the_window_has_none() -> None:
     )
     assert heir.responses == 3
     assert heir.context.ids == driver.session.context.ids
+    assert heir.forgotten == driver.session.forgotten > 2 * LIMITS.capacity
 
 
 def test_what_was_said_in_the_window_is_not_counted_twice() -> None:
@@ -79,17 +93,33 @@ def test_what_was_said_in_the_window_is_not_counted_twice() -> None:
     )
 
 
-def test_a_far_question_keeps_input_but_no_frames_of_before_the_window() -> None:
-    driver, held, inputs, _ = lived(200, speaks=set())
-    held.note_input("0-1", Query(query_id="far", text="And now?", after_seq=-1, time=1e9))
+def test_a_far_question_keeps_no_input_and_is_not_forgotten() -> None:
+    driver, held, inputs, before = lived(200, speaks=set())
+    held.note_input("0-1", Query(query_id="far", text="And now?", after_seq=-1, time=100.0))
     position = max(at for at, entry in enumerate(driver.log) if isinstance(entry, Evicted))
     evicted = driver.log[position]
     assert isinstance(evicted, Evicted)
     window = held.window(evicted, position)
-    assert window.in_id == "0-1"
+    assert window.in_id == before.in_id
     heir = taken_over(driver, window, inputs)
     assert heir.next_seq == 200
     assert heir.waiting_frames == 0
+    later = Driver(heir)
+    later.frames(200, 202)
+    later.run()
+    assert [entry.query_id for entry in later.of(QueryConsumed)] == ["far"]
+
+
+@pytest.mark.parametrize(("named", "cut"), [("s-1", True), ("s-0", False), (None, False)])
+def test_an_interrupt_that_nobody_read_cuts_the_response_it_names(named: str | None, cut: bool) -> None:
+    driver, _, inputs, window = lived(200, speaks={3, 195})
+    start = max(at for at, entry in enumerate(driver.log) if isinstance(entry, ResponseStarted))
+    driver.log = driver.log[: start + 2]
+    heir = taken_over(driver, window, [*inputs, ("999-0", Interrupt(after_seq=199, response_id=named))])
+    assert heir.response is not None
+    assert heir.response.response_id == "s-1"
+    ended = [entry.reason for entry in heir.advance() if isinstance(entry, ResponseEnded)]
+    assert ended == ["interrupted"] * cut
 
 
 def test_the_end_of_input_is_not_trimmed_before_frames_that_came_after_it() -> None:
