@@ -52,6 +52,7 @@ from jobs.training_config import MORE_IS_BETTER, Metric, TrainingConfig
 from jobs.training_log import METRICS_FILE, plot_log
 from jobs.training_run import check_held_out, keep_settings, load_data, load_validation, make_plan, portable, run_folder
 from jobs.training_worker import FAILURE_FILE, STATE_FILE, work
+from jobs.validation import Validation
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ def train(config: Config) -> str | None:
     data = load_data(config)
     check_held_out(config, data)
     if settings.validate_every is not None:
-        load_validation(config, data.template)
+        Validation(load_validation(config, data.template), settings.validation_dialogues, settings.seed)
     keep_settings(config, data, folder)
     folder.remove(FAILURE_FILE)
     plan = make_plan(config, data, folder)

@@ -22,6 +22,7 @@ from actors.vision import vision_fingerprint
 from jobs.build_dialogues import build
 from jobs.dataset import DatasetError
 from jobs.dialogue_files import DialogueFileError, to_line
+from jobs.dialogues import Dialogue
 from jobs.encode_frames import encode
 from jobs.encoding_summary import Summary
 from jobs.frame_store import FrameStore, StoreError
@@ -290,6 +291,16 @@ def test_validation_without_held_out_dialogues_is_refused(prepared, tmp_path: Pa
         train(prepared(validate_every=1))
     with pytest.raises(ConfigError, match="keep_best is fluency, but nothing is validated"):
         train(prepared(keep_best="fluency"))
+
+
+def test_validation_on_dialogues_that_teach_nothing_is_refused_before_a_worker_starts(
+    prepared, tmp_path: Path
+) -> None:
+    asked = narrated("abcd").model_dump() | {"dialogue_id": "asked", "frames": (0, 0)}
+    blind = Dialogue.model_validate(asked | {"conversation": [{"role": "user", "content": "What?"}]})
+    (tmp_path / "dialogues" / "validation.jsonl").write_text(to_line(blind))
+    with pytest.raises(DatasetError, match="none of 1 dialogues to validate on has anything to learn"):
+        train(prepared(validate_every=1))
 
 
 def test_dialogues_beyond_the_limit_are_clipped_and_counted(prepared, capsys: pytest.CaptureFixture[str]) -> None:
