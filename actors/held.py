@@ -38,6 +38,8 @@ from actors.session import REMEMBERED_RESPONSES, Session
 
 logger = logging.getLogger(__name__)
 
+AHEAD_CHARACTERS = 16_384  # of questions about later that a window carries; others keep their place in the input
+
 StoredInput = tuple[str, SessionInput | MessageError]
 StoredEntry = tuple[int, LogEntry]
 
@@ -48,8 +50,14 @@ class LostFrames(RuntimeError):
 
 @dataclass(frozen=True)
 class Told:
-    """What a log says of responses up to some entry: how many there were, their tokens, the latest spontaneous ones."""
+    """What a log says up to some entry that a context does not.
 
+    How many responses there were, their tokens, the latest spontaneous ones; the frame that comes next, and the video
+    time of the last that was decided.
+    """
+
+    next_seq: int = 0
+    clock: float = 0.0
     responses: int = 0
     spoken: int = 0
     recent: tuple[str, ...] = ()
@@ -58,6 +66,10 @@ class Told:
     def after(self, entry: LogEntry) -> Told:
         """With one entry more, as `Session.apply` counts."""
         match entry:
+            case FramesDecided():
+                return replace(self, next_seq=entry.last_seq + 1, clock=entry.times[-1])
+            case FrameSkipped():
+                return replace(self, next_seq=entry.seq + 1)
             case ResponseStarted():
                 number = int(entry.response_id.rpartition("-")[2])
                 return replace(self, responses=number + 1, asked=entry.query_id is not None)
@@ -117,7 +129,10 @@ class Held:
         while self.decided_at and self.decided_at[0][0] < entry.first_seq:
             self.decided_at.popleft()
         self.frame_ids = {seq: at for seq, at in self.frame_ids.items() if seq >= entry.first_seq}
-        timed = {at: one for at, one in self.commands.items() if isinstance(one, Query) and one.time is not None}
+        timed, room = dict[str, Query](), AHEAD_CHARACTERS
+        for at, one in self.commands.items():
+            if isinstance(one, Query) and one.time is not None and len(one.text) <= room:
+                timed[at], room = one, room - len(one.text)
         needed = [*self.frame_ids.values(), *(self.commands.keys() - timed.keys())]
         in_id = min(needed, key=stream_order) if needed else self.cursor
         self.consumed = [at for at in self.consumed if stream_order(at) >= stream_order(in_id)]
@@ -131,6 +146,8 @@ class Held:
             recent=list(told.recent),
             responses=told.responses,
             spoken=told.spoken,
+            next_seq=told.next_seq,
+            clock=told.clock,
             settings=self.session.settings,
         )
 
@@ -179,9 +196,10 @@ def rebuild(
     held = Held(lease, session, meta.position, window.in_id if window else "0-0")
     try:
         if window:
-            held.told = Told(window.responses, window.spoken, tuple(window.recent))
-            told = held.told
+            told = Told(window.next_seq, window.clock, window.responses, window.spoken, tuple(window.recent))
+            held.told = told
             session.recent, session.responses, session.spoken = told.recent, told.responses, told.spoken
+            session.next_seq, session.clock = told.next_seq, told.clock
             held.consumed = list(window.consumed)
             for entry_id, query in window.ahead:
                 held.note_input(entry_id, query)

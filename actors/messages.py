@@ -295,7 +295,9 @@ class Window(Message):
 
     `out_position` is the log entry that decided `first_seq`; `in_id` the input entry from which
     bodies are kept; `consumed` the input entries at or after it that have already been acted on, `ahead` questions
-    from before it about a moment still to come, with their input entries. Before `out_position` there were `responses` with `spoken` tokens, `recent` the latest that nobody had asked for.
+    from before it about a moment still to come, with their input entries. Before `out_position` there were
+    `responses` with `spoken` tokens, `recent` the latest that nobody had asked for; `next_seq` and `clock` are those
+    of the frame decided or skipped last before it.
     """
 
     kind = "window"
@@ -307,6 +309,8 @@ class Window(Message):
     recent: list[str]
     responses: int = Field(default=0, ge=0)
     spoken: int = Field(default=0, ge=0)
+    next_seq: int = Field(default=0, ge=0)
+    clock: float = 0.0
     settings: TolerantSettings
 
 

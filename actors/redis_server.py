@@ -26,11 +26,13 @@ PORT_ATTEMPTS = 5
 LOG = "server.log"
 
 # The shell becomes the server; beside it a subshell waits on the pipe from the program. A line
-# means that the program stops the server itself, end of file that the program is gone.
+# means that the program stops the server itself, end of file that the program is gone. A program that
+# ends all that it started at once (serve/signals.py) ends the subshell, too, which then tidies up.
 WITH_PROGRAM = """
 folder=$1; shift
 exec 3<&0 </dev/null
-{ read -r _ <&3 || { kill $$; sleep 1; kill -9 $$; rm -rf "$folder"; }; } >/dev/null 2>&1 &
+{ trap 'rm -rf "$folder"; exit' TERM; read -r _ <&3 || { kill $$; sleep 1; kill -9 $$; rm -rf "$folder"; }
+} >/dev/null 2>&1 &
 exec "$@" 3<&-
 """
 

@@ -194,7 +194,8 @@ class Session:
     @property
     def ready(self) -> bool:
         """Whether `work` has something to append: the next frame, or more of the context than waits for one."""
-        return self.response is not None or self.next_seq in self._frames or self.pending > IDLE_PREFILL
+        waits = self.response is not None or self.next_seq in self._frames or self.pending > IDLE_PREFILL
+        return waits and not self.ended
 
     # -- driven by the engine -------------------------------------------------------------------
 
@@ -323,7 +324,8 @@ class Session:
             case Evicted():
                 self.context.rebuild(Eviction(entry.first_seq, entry.pinned, entry.memory), self._prompt())
                 # Not from what is here: a takeover folds no more than the window.
-                self.forgotten = entry.forgotten + entry.positions_before - self.context.length
+                before = entry.forgotten or self.forgotten  # a replica of an older version does not say
+                self.forgotten = before + entry.positions_before - self.context.length
                 self.next_seq = max(self.next_seq, entry.first_seq)
                 self.fed = 0
             case SessionEnded():
@@ -332,10 +334,11 @@ class Session:
     def restore(self, entries: Iterable[LogEntry]) -> None:
         """Fold a log. Its frames must have been added; afterwards the session goes on as if it had run here.
 
-        Raises SessionError where a response is open for which a context has no room here.
+        Raises SessionError where a context has no room here, for its prompt or for the response that is open.
         """
         for entry in entries:
             self.apply(entry)
+        self._check(self.settings)
         self.fed = 0
         # Frames before the window, whose decisions are no longer in the log.
         self._frames = {seq: frame for seq, frame in self._frames.items() if seq >= self.next_seq}

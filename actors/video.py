@@ -41,7 +41,7 @@ Backend = Literal["decord", "pyav"]
 class VideoInfo(NamedTuple):
     """What a file holds: `duration` in seconds, `fps` its mean rate, size in pixels as displayed.
 
-    `last` is the time of the last picture in seconds, None where packets carry none.
+    `last` is the time of the last picture in seconds.
     """
 
     duration: float
@@ -49,7 +49,7 @@ class VideoInfo(NamedTuple):
     width: int
     height: int
     frames: int
-    last: float | None = None
+    last: float
 
 
 class VideoFrame(NamedTuple):
@@ -65,7 +65,7 @@ def probe(path: str | Path, max_pixels: int = MAX_PIXELS) -> VideoInfo:
     video = inspect(Path(path), max_pixels)
     duration = float(video.length * video.time_base)
     fps = video.frames / duration if duration > 0 else 0.0
-    last = None if video.last is None else float(video.last * video.time_base)
+    last = float(video.last * video.time_base)
     return VideoInfo(duration, fps, video.width, video.height, video.frames, last)
 
 

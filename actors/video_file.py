@@ -43,9 +43,9 @@ class VideoError(ValueError):
 class VideoFile:
     """A file whose first frame could be decoded.
 
-    `timeline` holds the timestamps of all frames in display order, None where packets carry none;
-    `origin` is that of the first decoded frame; `last` is how long after it the last picture comes, None without
-    timestamps. They and `length` are in units of `time_base` seconds.
+    `timeline` holds the timestamps of all frames in display order, None where packets carry none: then they come at
+    the stream's own rate. `origin` is that of the first decoded frame, `last` is how long after it the last picture
+    comes. They and `length` are in units of `time_base` seconds.
     """
 
     path: Path
@@ -54,7 +54,7 @@ class VideoFile:
     time_base: Fraction
     origin: int
     length: int
-    last: int | None
+    last: int
     frames: int
     timeline: np.ndarray | None
     width: int
@@ -71,9 +71,9 @@ def inspect(path: Path, max_pixels: int = MAX_PIXELS) -> VideoFile:
     with _open(path) as container:
         stream, time_base = _video_stream(path, container, max_pixels)
         declared = float((stream.duration or 0) * time_base)
+        step = _step(stream, time_base)
         stamps: list[int] = []
-        frames = end = 0
-        last: int | None = None
+        frames = end = last = 0
         with contextlib.suppress(FFmpegError):  # what comes before the damage still counts
             for packet in container.demux(stream):
                 if packet.size and not packet.is_discard:
@@ -82,10 +82,12 @@ def inspect(path: Path, max_pixels: int = MAX_PIXELS) -> VideoFile:
                         stamps.append(packet.pts)
                         if not packet.is_corrupt:  # where a file is cut, in the middle of its last packet
                             end = max(end, packet.pts + (packet.duration or 0))
-                            last = packet.pts if last is None else max(last, packet.pts)
+                            last = max(last, packet.pts)
     frame, origin = next(decode(path), (None, 0))
     if frame is None:
         raise VideoError(f"{path}: none of its {frames} video packets can be decoded")
+    if not stamps:
+        last, end = origin + (frames - 1) * step, origin + frames * step
     length = max(0, end - origin)
     if declared - length * time_base > 1:
         log.warning(
@@ -99,7 +101,7 @@ def inspect(path: Path, max_pixels: int = MAX_PIXELS) -> VideoFile:
         time_base=time_base,
         origin=origin,
         length=length,
-        last=None if last is None else max(0, last - origin),
+        last=max(0, last - origin),
         frames=frames,
         timeline=np.sort(np.asarray(stamps, np.int64)) if len(stamps) == frames else None,
         width=frame.height if turned else frame.width,
@@ -124,7 +126,7 @@ def decode(path: Path, seek: int | None = None) -> Iterator[tuple[av.VideoFrame,
         if seek is not None:
             with contextlib.suppress(FFmpegError):  # no index to seek in: read from the beginning
                 container.seek(seek, stream=stream)
-        step = round(1 / ((stream.guessed_rate or 25) * time_base))
+        step = _step(stream, time_base)
         packets = container.demux(stream)
         frames, damaged, stamp = 0, 0, -step
         while True:
@@ -142,6 +144,11 @@ def decode(path: Path, seek: int | None = None) -> Iterator[tuple[av.VideoFrame,
                 yield frame, stamp
         if damaged:
             log.warning("video=%s damaged_packets=%d frames_read=%d", path, damaged, frames)
+
+
+def _step(stream: VideoStream, time_base: Fraction) -> int:
+    """From one frame to the next where packets carry no times."""
+    return round(1 / ((stream.guessed_rate or 25) * time_base))
 
 
 def _open(path: Path) -> InputContainer:

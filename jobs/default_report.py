@@ -65,7 +65,6 @@ FPS = 2.0
 ENCODED_AT_ONCE = 32
 CHANGES = (0.3, 0.5, 0.7, 0.9)  # candidates for the change detector's threshold, chosen on the dev streams
 QUIET_SEED = 900_000_000
-QUIET_CLIPS = 60
 
 
 Part = Literal["samples", "photos", "questions", "quiet"]
@@ -83,6 +82,7 @@ class ReportConfig(Section):
     test_streams: int = Field(default=30, ge=1)
     unknown_streams: int = Field(default=6, ge=1, description="of photographs of things without a name")
     quiet_hours: float = Field(default=10, ge=0)
+    quiet_clips: int = Field(default=60, ge=1, description="scenes that the quiet hours are of")
     parts: tuple[Part, ...] = Field(
         default=get_args(Part), min_length=1, description="what to grade; all takes an hour"
     )
@@ -269,7 +269,7 @@ def _best_change(reporter: Reporter, tokens: Sequence[Tensor], events: Sequence[
 def most_silent(curve: Mapping[float, float], nearly: float) -> float:
     """The lowest threshold of those whose F1 in `curve` is at most `nearly` below the best."""
     enough = max(curve.values()) - nearly
-    return min(threshold for threshold, f1 in curve.items() if f1 >= enough)
+    return min(threshold for threshold, f1 in curve.items() if f1 >= enough and f1)
 
 
 def _calibrate(
@@ -286,6 +286,8 @@ def _calibrate(
         said = [narration(one) for one in reporter.play(tokens)]
         curve[threshold] = sum((event_scores(*both) for both in zip(said, events, strict=True)), NOTHING).f1
         logger.info("threshold=%g f1=%.3f", threshold, curve[threshold])
+    if not max(curve.values()):
+        raise PhotosError("report.calibrate: the model named nothing right at any of report.thresholds, none is stored")
     reporter.threshold = most_silent(curve, reporter.settings.nearly)
     digest = hashlib.sha256(b"".join(one.numpy().tobytes() for one in tokens)).hexdigest()
     calibration = Calibration(
@@ -392,12 +394,14 @@ def _quiet(
     made = material(streams, reporter.classifier)
     numbers = np.random.default_rng(QUIET_SEED)
     clips = list[Tensor]()
-    while len(clips) < QUIET_CLIPS:
+    while len(clips) < reporter.settings.quiet_clips:
         frames, right = clip(numbers, 16)
         if scenes:
             frames = filmed(scenes[int(numbers.integers(len(scenes)))], numbers, 16)
+        elif right:
+            continue
         field = reporter.classifier.trunk(torch.from_numpy(frames))
-        if (scenes or not right) and not misread(reporter.classifier, field, ()):
+        if not misread(reporter.classifier, field, ()):
             clips.append(field.half())
     still = replace(made, clips=torch.stack(clips), clip_names=[()] * len(clips))
     maker = StreamMaker(still, reporter.classifier, reporter.pooled)

@@ -72,7 +72,7 @@ def encode(config: Config) -> Summary:
     store = FrameStore.create(settings.folder, info)
     with store.locked():
         todo = {name: path for name, path in videos.items() if name not in store}
-        for name in videos.keys() - todo.keys():
+        for name in sorted(videos.keys() - todo.keys()):
             refuse_another(store, name, videos[name])
         summary = Summary(present=len(videos) - len(todo))
         made = {name: path for name, path in todo.items() if Path(path).suffix == FEATURES_SUFFIX}
@@ -99,7 +99,9 @@ def refuse_another(store: FrameStore, name: str, path: str) -> None:
     before = store.source(name)
     if before in ("", path) or is_remote(before) or is_remote(path) or not Path(before).is_file():
         return
-    if Path(path).is_file() and not filecmp.cmp(before, path, shallow=False):
+    if not Path(path).is_file() or Path(path).samefile(before):
+        return
+    if not filecmp.cmp(before, path, shallow=False):
         raise StoreError(
             f"the store {store.path} has frames of another video under the id {name!r}: they are of {before}, "
             f"not of {path}: rename one of the two, or set another store.folder (and data.folder)"

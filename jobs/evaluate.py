@@ -122,14 +122,14 @@ def run_evaluation(config: Config) -> Path:
     wanted = settings.dialogues is not None or not online
     everything = read_dialogues(source) if wanted else []
     if wanted and not everything:
-        raise EvaluationError(
-            f"{source} has no dialogues: raise data.validation_fraction and run jobs.build_dialogues again, "
-            "or set evaluation.dialogues"
-        )
+        advice = "raise data.validation_fraction and run jobs.build_dialogues again, or set evaluation.dialogues"
+        raise EvaluationError(f"{source} has no dialogues: {advice if settings.dialogues is None else 'give others'}")
     categories = categories_of(everything, _annotations(config, KINDS))
     seen = [one for one in everything if one.num_frames or not is_offline(one)]
     if blind := len(everything) - len(seen):
         logger.warning("left out %d of %d dialogues: data.max_frames cut them before any frame", blind, len(everything))
+    if wanted and not seen:
+        raise EvaluationError(f"no dialogue of {source} shows a frame: raise data.max_frames, and build them again")
     dialogues = _chosen(seen, settings.max_dialogues)
     check(dialogues, _annotations(config, LTA_FORMATS))
     with Finished(folder / FINISHED) as finished:
@@ -140,7 +140,7 @@ def run_evaluation(config: Config) -> Path:
         dialogues = [dialogues[index] for index in pool.there(dialogues)] if dialogues else []
         evaluation = Evaluation(pool, finished, config, identity, settings.at_once)
         result = _grade(config, settings, identity, evaluation, dialogues, source, categories)
-        result = replace(result, online=_online(config, evaluation, probed, result.threshold))
+        result = replace(result, online=_online(config, evaluation, probed, result.threshold), left_out=blind)
     _write(folder, result)
     print((folder / "report.md").read_text())
     return folder

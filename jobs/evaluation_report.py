@@ -48,7 +48,7 @@ class Report:
     `seen_videos` are those the checkpoint was trained on, of the `num_trained` it names (None without a
     checkpoint); `chosen_from` is what the threshold was chosen on (None where it was not). `groups` has all
     streams first, then each task; `events` is None where no video has any beside it; `annotations` is the
-    folder of Ego4D LTA's, where it was named.
+    folder of Ego4D LTA's, where it was named. `left_out` dialogues show no frame of what they ask about.
     """
 
     model: str
@@ -70,12 +70,13 @@ class Report:
     answered: list[Answered]
     annotations: Path | None
     online: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    left_out: int = 0
 
     def values(self) -> dict[str, object]:
         """What `metrics.json` holds: the same for the same model, data and settings, but for `live`."""
         names = ("model", "fingerprint", "dialogues", "num_dialogues", "num_videos", "seen_videos", "fps", "threshold")
         return {
-            **{name: getattr(self, name) for name in names},
+            **{name: getattr(self, name) for name in (*names, "left_out")},
             "threshold_chosen_from": self.chosen_from,
             "window": asdict(self.window),
             "streams": {name: _group_values(group) for name, group in self.groups.items()},
@@ -137,6 +138,9 @@ def _head(result: Report) -> Iterator[str]:
         f"{f', {seconds:.0f} s of streams' if seconds else ''} at {result.fps:g} frames a second. "
         f"Model `{result.fingerprint}`. {datetime.now(UTC):%Y-%m-%d}, {_machine()}."
     )
+    if result.left_out:
+        yield ""
+        yield f"**{result.left_out} more were left out: data.max_frames cut them before any frame.**"
     if result.groups:
         chosen = f"chosen from {result.chosen_from}" if result.chosen_from else "not chosen from data"
         yield ""

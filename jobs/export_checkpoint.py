@@ -24,8 +24,6 @@ from jobs.program import run
 
 logger = logging.getLogger(__name__)
 
-MARKS = (checkpoint.SETTINGS_FILE, "adapter_config.json")  # of a checkpoint in our form, and in the published one
-
 
 class ExportConfig(Section):
     """Where to, and in which form."""
@@ -46,7 +44,7 @@ def export(config: Config) -> Path:
     if settings.folder is None:
         raise ConfigError("export.folder is not set: say where the checkpoint is to be written")
     folder = Path(settings.folder)
-    if folder.exists() and not (settings.replace and any((folder / file).is_file() for file in MARKS)):
+    if folder.exists() and not (settings.replace and _is_checkpoint(folder)):
         raise ConfigError(
             f"{folder} exists: choose another export.folder, or set export.replace for a checkpoint there"
         )
@@ -64,6 +62,14 @@ def export(config: Config) -> Path:
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     logger.info("checkpoint=%s size=%.1f MB", folder, size / 1e6)
     return folder
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether the folder holds a checkpoint in either form, and no folders, as that of a training run does."""
+    names = {entry.name for entry in folder.iterdir()}
+    ours = {checkpoint.SETTINGS_FILE, checkpoint.CONNECTOR_FILE}
+    published = {"adapter_config.json", "adapter_model.safetensors"}
+    return (names >= ours or names >= published) and not any(entry.is_dir() for entry in folder.iterdir())
 
 
 SECTIONS: dict[str, type[Section]] = {"model": ModelConfig, "export": ExportConfig}

@@ -36,8 +36,6 @@ def _extent(path: str, fps: float) -> Extent:
 def frames_in(info: VideoInfo, fps: float) -> int:
     """How many frames the grid 0, 1/fps, ... has up to the video's last picture, at least.
 
-    Where packets carry no times, the last picture is taken to last as long as the mean. At the very end times may be
-    off by rounding: then a frame less, never one more.
+    At the very end times may be off by rounding: then a frame less, never one more.
     """
-    last = info.duration - 1 / info.fps if info.last is None else info.last
-    return max(1, math.floor((last - 1e-3) * fps) + 1)
+    return max(1, math.floor((info.last - 1e-3) * fps) + 1)

@@ -26,6 +26,7 @@ from actors.config import Section
 
 ROWS_PER_GROUP = 64  # what a random slice reads at least: 1.6 MB at 10 tokens of 1280
 SUFFIX = ".parquet"
+OPEN_FILES = 256  # kept open at once, of 1,024 that a process may have
 
 
 class StoreError(ValueError):
@@ -109,8 +110,8 @@ class FrameStore:
         return int(self._parquet(video_id).metadata.num_rows)
 
     def source(self, video_id: str) -> str:
-        """The path the video was read from when it was encoded."""
-        metadata: dict[bytes, bytes] = self._parquet(video_id).schema_arrow.metadata or {}
+        """The path the video was read from when it was encoded. Raises StoreError where it is not in the store."""
+        metadata: dict[bytes, bytes] = pq.read_schema(self._there(video_id)).metadata or {}
         return metadata.get(b"source", b"").decode()
 
     def damage(self, video_id: str) -> str:
@@ -146,13 +147,20 @@ class FrameStore:
 
     def _parquet(self, video_id: str) -> pq.ParquetFile:
         if video_id not in self._open_files:
-            file = self.file(video_id)
-            if not file.is_file():
-                raise StoreError(
-                    f"video {video_id!r} is not in the frame-token store {self.path}: run jobs.encode_frames with it"
-                )
+            file = self._there(video_id)
+            if len(self._open_files) >= OPEN_FILES:
+                del self._open_files[next(iter(self._open_files))]
             self._open_files[video_id] = pq.ParquetFile(file, memory_map=True)
         return self._open_files[video_id]
+
+    def _there(self, video_id: str) -> Path:
+        """The video's file. Raises StoreError where it is not in the store."""
+        file = self.file(video_id)
+        if not file.is_file():
+            raise StoreError(
+                f"video {video_id!r} is not in the frame-token store {self.path}: run jobs.encode_frames with it"
+            )
+        return file
 
     @cached_property
     def _open_files(self) -> dict[str, pq.ParquetFile]:

@@ -14,6 +14,7 @@ starts (model.checkpoint). Needs the packages of the extra `default-model`.
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import random
 import sys
@@ -50,6 +51,7 @@ logger = logging.getLogger(__name__)
 FPS = 2.0
 THINGS_AT_ONCE = 250
 DRAWN_FRAMES = 10
+MATERIAL = {"clips", "things", "drawn", "sceneries", "fitted"}  # settings that material depends on, beside drawings
 
 
 class StreamSet(Section):
@@ -167,11 +169,19 @@ def _make_start(config: Config, classifier: Classifier, folder: Path) -> None:
 
 
 def material(settings: StreamsConfig, classifier: Classifier) -> Material:
-    """Clips and things, made once for a folder."""
+    """Clips and things, made once for a folder. Raises ConfigError where those that are there are of other settings."""
     folder = Path(settings.folder) / "material"
+    wanted = settings.model_dump(mode="json", include=MATERIAL) | {"drawings": settings.drawings is not None}
     if not folder.exists():
         with whole_folder(folder) as part:
             _make_material(settings, classifier, part)
+            (part / "settings.json").write_text(json.dumps(wanted, indent=1))
+    record = folder / "settings.json"
+    found = json.loads(record.read_text()) if record.is_file() else {}
+    if differing := [
+        f"{name} {found.get(name)}, now {value}" for name, value in wanted.items() if found.get(name) != value
+    ]:
+        raise ConfigError(f"{folder} was made with streams.{'; '.join(differing)}: set another streams.folder")
     parts = load_file(folder / "material.safetensors")
     names = [tuple(line.split("|")) if line else () for line in (folder / "clip_names.txt").read_text().splitlines()]
     drawn = (folder / "drawn_names.txt").read_text().splitlines() if "drawn" in parts else []

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 CHUNKS_AHEAD = 8
 MAX_LINE = 1 << 20  # characters
-TEXT_SUFFIXES = (".srt", ".vtt", ".jsonl")
+TEXT_SUFFIXES = (".jsonl", ".srt", ".vtt")  # in the order of writing: the first says whose the others are
 VIDEO_SUFFIX = ".subtitled.mp4"
 UNTRAINED_TOKENS = 8  # an untrained model speaks at nearly every frame, and words without meaning take as long
 BAR = "{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s of video in {elapsed}{postfix}"
@@ -62,8 +62,8 @@ class Task:
         return rows if rows in there else there[0]
 
     def done(self, burns: bool) -> bool:
-        """Whether all its files are there: the JSONL is the last of the text files, the video comes after it."""
-        return self.file(VIDEO_SUFFIX if burns else ".jsonl").exists()
+        """Whether all its files are there: the last of the text files, and the video that comes after it."""
+        return self.file(VIDEO_SUFFIX if burns else TEXT_SUFFIXES[-1]).exists()
 
 
 @dataclass(frozen=True)
@@ -180,11 +180,11 @@ class _Screen:
 
 
 def write(task: Task, transcript: Transcript) -> None:
-    """The three text files of a narration, each whole or not at all, the JSONL last."""
+    """The three text files of a narration, each whole or not at all, the JSONL first."""
     task.target.parent.mkdir(parents=True, exist_ok=True)
     cues = cues_of(transcript.utterances)
     rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in _rows(task.video.name, transcript))
-    for suffix, text in zip(TEXT_SUFFIXES, (srt(cues), webvtt(cues), rows), strict=True):
+    for suffix, text in zip(TEXT_SUFFIXES, (rows, srt(cues), webvtt(cues)), strict=True):
         write_whole(task.file(suffix), [text])
 
 

@@ -6,7 +6,7 @@ Workers share the dialogues and all get the same result.
 
 from __future__ import annotations
 
-import itertools
+import logging
 import random
 
 import torch
@@ -16,6 +16,8 @@ from actors.model import VideoLLM
 from jobs.dataset import DatasetError, TrainingSet
 from jobs.metrics import Reply, evaluate, forward_of, summarize
 from jobs.plan import Pick
+
+logger = logging.getLogger(__name__)
 
 
 class Validation:
@@ -27,9 +29,18 @@ class Validation:
     def __init__(self, data: TrainingSet, limit: int, seed: int = 0, rank: int = 0, workers: int = 1) -> None:
         self.data = data
         drawn = random.Random(seed).sample(range(len(data)), len(data))
-        indices = list(itertools.islice((index for index in drawn if data.teaches(index)), limit))
+        indices, idle = list[int](), 0
+        for index in drawn:
+            if data.teaches(index):
+                indices.append(index)
+            else:
+                idle += 1
+            if len(indices) == limit:
+                break
         if not indices:
             raise DatasetError(f"none of {len(data)} dialogues to validate on has anything to learn")
+        if rank == 0 and idle:
+            logger.warning("validation on %d dialogues; %d more have nothing to learn", len(indices), idle)
         self.share = indices[rank::workers]
         self.workers = workers
 

@@ -114,7 +114,7 @@ class Conversation:
         self._asked = False
         self._speaking: str | None = None  # the response that is open as far as the log was read
         self._in_force: SessionSettings | None = None
-        self._refused = False  # the settings that were chosen last
+        self._changes = 0  # of settings, on which the model has not decided
         self._record = record
 
     @property
@@ -179,7 +179,9 @@ class Conversation:
             known = Preferences.model_validate_json(meta.preferences)
             self.settings, self.include, self.opened_at = known.settings, frozenset(known.include), known.opened
             self._frames.policy = known.drop_policy
-        self._in_force = self.settings
+            self._in_force = known.in_force
+        self._in_force = self._in_force or self.settings
+        self._changes = int(self.settings != self._in_force)
         noted = NotedCounts.model_validate_json(meta.counts or "{}")
         self._frames.continue_after(max(meta.time, noted.through))
         self.counts.admitted = meta.admitted
@@ -194,12 +196,16 @@ class Conversation:
 
         True when the model's settings change in the middle of the session, so that the log will tell.
         """
-        settings = patched(self.settings, patch)
-        changed = settings != self.settings
+        before, settings = self.settings, patched(self.settings, patch)
+        changed = settings != before
+        self.settings = settings  # before it is sent: the model's answer may overtake that of Redis
         if changed and self.opened:
-            await self._say(SettingsChange(after_seq=self.counts.admitted - 1, settings=settings))
-            self._refused = False
-        self.settings = settings
+            self._changes += 1
+            try:
+                await self._say(SettingsChange(after_seq=self.counts.admitted - 1, settings=settings))
+            except Exception:
+                self.settings, self._changes = before, self._changes - 1
+                raise
         if patch.include is not None:
             self.include = frozenset(patch.include)
         if patch.video is not None and patch.video.drop_policy is not None:
@@ -361,14 +367,21 @@ class Conversation:
                     yield event
 
     async def _take_back(self, position: int, entry: LogEntry) -> None:
-        """Return to the settings in force when the model refuses others: what is changed next goes on from those."""
+        """Return to the settings in force when the model refuses others: what is changed next goes on from those.
+
+        While more changes are under way it is left to the answer to the last of them.
+        """
+        refused = isinstance(entry, InputRefused) and entry.query_id is None
+        if position <= self._after or not (refused or isinstance(entry, SettingsApplied)):
+            return
+        self._changes = max(0, self._changes - 1)
         if isinstance(entry, SettingsApplied):
             self._in_force = entry.settings
-        elif isinstance(entry, InputRefused) and entry.query_id is None and position > self._after:
-            self._refused = True
-        if self._refused and self._in_force is not None and self.settings != self._in_force:
+            if entry.settings == self.settings:
+                self._changes = 0
+        if not self._changes and self._in_force is not None:
             self.settings = self._in_force
-            await self._note_preferences()
+        await self._note_preferences()
 
     async def _response_start(self) -> int:
         """Where the response began that is open at `after`; the position behind `after` when none is."""
@@ -435,6 +448,7 @@ class Conversation:
     async def _note_preferences(self) -> None:
         chosen = Preferences(
             settings=self.settings,
+            in_force=self._in_force,
             include=sorted(self.include),
             drop_policy=self.drop_policy,
             opened=self.opened_at,

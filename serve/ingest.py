@@ -143,11 +143,14 @@ class Ingest:
             base, self.started = 0.0, time.monotonic()
         # A camera that sends one JPEG after another says no times: FFmpeg makes up those of 25 a second.
         timeless = not finite and container.format.name in MOTION_JPEG
+        step = 1 / float(stream.guessed_rate or 25)
         origin: float | None = None
+        at = -step
         for frame in _decoded(container, stream.index):
             if self.stopped.is_set():
                 return
-            at = time.monotonic() if timeless or frame.time is None else frame.time
+            next_at = at + step if frame.time is None else frame.time  # some formats leave out the times of some
+            at = time.monotonic() if timeless else next_at
             origin = at if origin is None else origin
             video_time = max(0.0, at - origin) + base
             if video_time < self.last + 1 / self.fps - 1e-6:

@@ -10,11 +10,15 @@ from serve.server_events import SessionInfo, VideoInfo, WindowInfo
 
 
 class Preferences(BaseModel):
-    """What is chosen at the moment, by any gateway's account. `opened` is Unix time."""
+    """What is chosen at the moment, by any gateway's account. `opened` is Unix time.
+
+    `in_force` are the settings that the model took last: those chosen since it may yet refuse.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     settings: TolerantSettings
+    in_force: TolerantSettings | None = None
     include: list[str]
     drop_policy: DropPolicy
     opened: float

@@ -16,6 +16,7 @@ os.environ |= {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_USAGE_STATS_REPORT_URL": "http://127.0.0.1:9/",
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # `ray start --block` would wait 30 s for nobody
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # every checkpoint waits for the next look at its worker: 2 s else
 }
 
 import secrets

@@ -39,6 +39,16 @@ class Marked:
                 continue
         return found
 
+    def commands(self) -> list[str]:
+        """Command line of each process."""
+        found = []
+        for folder in self.processes():
+            try:
+                found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+            except OSError:
+                continue
+        return found
+
     def listening(self) -> dict[str, bool]:
         """Where these processes listen, as /proc writes it, and whether only this machine can reach it."""
         sockets = {}

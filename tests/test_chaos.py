@@ -438,12 +438,13 @@ def test_shares_of_nothing_are_no_numbers() -> None:
 
 
 @pytest.mark.slow
-def test_every_replica_may_be_killed_once(
+def test_an_llm_replica_may_be_killed_and_redis_may_lose_data(
     tiny: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Another LLM replica takes over. Encoders and gateways are killed in test_serve.py."""
     settings = tmp_path / "settings.yaml"
     settings.write_text(yaml.safe_dump({"model": tiny}))
-    faults = ["llm killed", "encoder killed", "gateway killed", "redis crashed"]
+    faults = ["llm killed", "redis crashed"]
     status = main(
         [
             "--sessions",

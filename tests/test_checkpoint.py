@@ -229,6 +229,10 @@ def test_an_export_may_replace_one_of_its_form_and_nothing_else(
     first = {file.name: file.read_bytes() for file in run().iterdir()}
     with pytest.raises(ConfigError, match=r"exists: choose another export\.folder, or set export\.replace"):
         run()
+    (folder / "steps").mkdir()
+    with pytest.raises(ConfigError, match="exists"):  # a training run, say
+        run("export.replace=true")
+    (folder / "steps").rmdir()
     (folder / "left over").touch()
     assert {file.name: file.read_bytes() for file in run("export.replace=true").iterdir()} == first
     for file in folder.iterdir():

@@ -85,6 +85,7 @@ def test_the_pipeline_of_the_default_model_in_miniature(tmp_path: Path) -> None:
         tmp_path,
         f"model.checkpoint={shipped}",
         "report.quiet_hours=0.02",
+        "report.quiet_clips=4",
         "session.max_response_tokens=4",
         "report.threshold=0.02",
         f"report.samples={REPOSITORY / 'tests/samples'}",

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jobs import frame_store
 from jobs.frame_store import ROWS_PER_GROUP, FrameStore, StoreError, StoreInfo
 
 INFO = StoreInfo(fingerprint="siglip/384px/cls+3x3/ab12", vision="siglip", fps=2.0, num_tokens=3, width=4)
@@ -53,6 +54,19 @@ def test_a_video_is_found_again_by_another_process(store: FrameStore) -> None:
     assert reader.num_frames("film") == COUNT
     assert reader.source("film") == "/videos/film.mp4"
     assert torch.equal(reader.frames("film"), numbered(COUNT))
+
+
+def test_of_many_videos_only_some_are_kept_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frame_store, "OPEN_FILES", 3)
+    store = FrameStore.create(tmp_path / "store", INFO)
+    names = [f"{number}" for number in range(8)]
+    for name in names:
+        write(store, name, 2)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for name in [*names, *names]:
+        assert store.source(name) == f"/videos/{name}.mp4"
+        assert torch.equal(store.frames(name), numbered(2))
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 3
 
 
 def test_tokens_may_be_changed_without_changing_the_store(store: FrameStore) -> None:

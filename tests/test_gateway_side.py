@@ -386,11 +386,14 @@ async def test_onlookers_do_not_keep_a_session(bus: Bus, redis_url: str) -> None
     await bus.open_session("a", "model-a", SETTINGS)
     partition = bus.partition("a")
     meta = bus.keys.meta(partition, "a")
-    tails = PartitionTails(PartitionLog(bus, partition), check_s=0.05)
+    log = PartitionLog(bus, partition)
+    tails = PartitionTails(log, check_s=0.05)
     async with Redis.from_url(redis_url) as redis:
         await redis.hset(meta, "seen", 1)
         onlooker = await tails.add("a", -1, onlooker=True)
-        await asyncio.sleep(1)
+        for _ in range(10):  # to read is to wait: whoever is woken looks after its sessions
+            await asyncio.sleep(0.06)
+            await log.wake()
         assert await redis.hget(meta, "seen") == b"1"
         client = await tails.add("a", -1)
         async with asyncio.timeout(20):

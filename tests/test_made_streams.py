@@ -229,8 +229,10 @@ def test_fitted_things_are_seen_and_called_what_they_are(fitter: FittedMaker) ->
 
 
 def test_places_that_only_remind_of_something_are_nameless(fitter: FittedMaker) -> None:
-    shown = [fitter.make(seed, 30, Happenings(quiet=1, haunted=1)).shown for seed in range(6)]
-    assert {name for one in shown for name in one} <= {None, TEXT}
+    made = [fitter.make(seed, 30, Happenings(quiet=1, haunted=1)) for seed in range(6)]
+    assert {name for one in made for name in one.shown} <= {None, TEXT}
+    for seed, one in enumerate(made):
+        assert not torch.equal(one.tokens, fitter.make(seed, 30, Happenings(quiet=1)).tokens)
 
 
 def test_what_may_be_either_of_two_goes_by_its_kind(classifier: Classifier, fitter: FittedMaker) -> None:

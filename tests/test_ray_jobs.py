@@ -23,6 +23,7 @@ from jobs.dialogue_files import read_dialogues, to_line
 from jobs.frame_store import FrameStore
 from jobs.run_folder import RunFolder
 from jobs.training_log import read_log
+from jobs.training_worker import STATE_FILE
 
 REPOSITORY = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -94,17 +95,20 @@ def test_the_offline_leg_runs_as_submitted_jobs(
     assert (
         told == set(FrameStore.open(tmp_path / "tokens").video_ids()) == {file.stem for file in samples.glob("*.srt")}
     )
-    assert checkpoint.load(tmp_path / "runs" / "test" / "checkpoint").trained_videos
-
-    failed = submit("train", "training.learning_rate=1")
-    assert failed.returncode == 1
-    assert "error: the run in" in failed.stdout
-    assert "Traceback" not in failed.stdout
+    run = tmp_path / "runs" / "test"
+    trained = checkpoint.load(run / "checkpoint")
+    assert trained.trained_videos == sorted(told)
+    assert trained.features == FrameStore.open(tmp_path / "tokens").info.fingerprint
+    assert trained.fingerprint != checkpoint.untrained(untrained_config(tiny_configs["live1plus"])).fingerprint
+    assert not (run / "checkpoint" / STATE_FILE).exists()
+    assert [record["step"] for record in read_log(RunFolder(str(run)))] == [0, 1]
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert list((run / "tensorboard").glob("events.out.tfevents.*"))
 
 
 @pytest.mark.alone
 @pytest.mark.timeout(600)
-def test_two_workers_train_in_a_submitted_job(
+def test_two_workers_train_in_a_submitted_job_and_one_that_fails_says_why(
     job_server: str, tiny_configs: dict[str, ModelConfig], tmp_path: Path
 ) -> None:
     videos, model = ["ab", "abcd", "abcdef"], untrained_config(tiny_configs["live1plus"])
@@ -123,6 +127,10 @@ def test_two_workers_train_in_a_submitted_job(
     command = [BIN / "ray", "job", "submit", "--address", job_server, "--working-dir", ".", "--", *program]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+    failed = subprocess.run([*command, "training.learning_rate=1"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert failed.returncode == 1
+    assert "error: the run in" in failed.stdout
+    assert "Traceback" not in failed.stdout
     records = read_log(RunFolder(str(tmp_path / "runs" / "run")))
     assert [(record["step"], record["packs"]) for record in records] == [(0, 3), (1, 3)]
     assert checkpoint.load(tmp_path / "runs" / "run" / "checkpoint").trained_videos == videos

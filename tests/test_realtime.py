@@ -21,6 +21,7 @@ from serve.server_events import (
     TextDelta,
     TextDone,
     VideoStatus,
+    WindowInfo,
 )
 
 A = 64  # the tiny tokenizer's letter "a": text at once, unlike the first bytes of a longer character
@@ -187,6 +188,38 @@ def test_what_the_model_refused_is_not_asked_for_again(url: str) -> None:
         client.end()
     assert changed.session.video.threshold == 0.125
     assert changed.session.video.window != {"trigger": 100000, "keep": 50000}
+
+
+def test_a_refused_change_does_not_undo_the_next(url: str) -> None:
+    with live(url) as client:
+        client.configure(video={"drop_policy": "block"})
+        client.frame(0)
+        client.until(FrameDecided)
+        for window in ({"trigger": 100000, "keep": 50000}, {"trigger": 400, "keep": 200}):
+            client.say({"type": "session.update", "session": {"video": {"window": window}}})
+        assert client.until(ErrorEvent).error.code == "refused"
+        client.say({"type": "session.update", "session": {"video": {"threshold": 0.125}}})
+        while (changed := client.until(SessionUpdated)).session.video.threshold != 0.125 or changed.position is None:
+            pass
+        client.end()
+    assert changed.session.video.window == WindowInfo(trigger=400, keep=200)
+
+
+def test_what_was_refused_while_the_client_was_away_is_not_asked_for_again(url: str) -> None:
+    with live(url) as client:
+        session_id = client.until(SessionCreated).session.id
+        client.configure(video={"drop_policy": "block"})
+        client.frame(0)
+        decided = client.until(FrameDecided)
+        client.say({"type": "session.update", "session": {"video": {"window": {"trigger": 100000, "keep": 50000}}}})
+    with live(url, session_id, decided.position) as client:
+        assert client.until(ErrorEvent).error.code == "refused"
+        client.say({"type": "session.update", "session": {"video": {"threshold": 0.125}}})
+        while (changed := client.until(SessionUpdated)).position is None:
+            pass
+        client.end()
+    assert changed.session.video.threshold == 0.125
+    assert changed.session.video.window is None
 
 
 def test_with_latest_the_newest_frame_wins_and_the_rest_is_counted(tiny: dict[str, object], redis_url: str) -> None:

@@ -9,16 +9,18 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
+import av
 import httpx
 import numpy as np
 import pytest
 from application import application, running
+from av.container import InputContainer
 from rtsp_server import camera
 from test_chat_completions import make_clip
 from test_url_guard import Server
 
 from actors.video import encode_jpeg
-from serve import streams
+from serve import ingest, streams
 from serve.conversation import Conversation
 from serve.ingest import Ingest, Source
 from serve.server_events import AnyServerEvent, ErrorEvent, FrameDecided, ItemAdded, SessionEnded, TextDone, parse_event
@@ -306,13 +308,39 @@ def test_a_camera_that_tells_no_times_is_in_real_time() -> None:
     allowed = {"hosts": [f"127.0.0.1:{server.port}"], "schemes": ["http"], "networks": ["127.0.0.1/32"]}
     guard = UrlGuard(SourcesConfig.model_validate(allowed | {"reconnects": 1}))
     source = Source.of(f"http://127.0.0.1:{server.port}/camera", guard)
-    ingest = Ingest(source, 20, 32, True, reconnected=lambda: ingest.stopped.set())
+    reader = Ingest(source, 20, 32, True, reconnected=lambda: reader.stopped.set())
     try:
-        times = [at for at, _ in ingest.pictures()]
+        times = [at for at, _ in reader.pictures()]
     finally:
         server.close()
     assert len(times) > 5
     assert times[-1] - times[0] > 0.08 * (len(times) - 1)
+
+
+@pytest.mark.parametrize("untimed", [{0}, {5}, set(range(12))])
+def test_frames_without_a_time_come_one_after_another(
+    untimed: set[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "clip.avi"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height = 32, 32
+        for number in range(12):
+            grey = np.full((32, 32, 3), 20 * number, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
+        container.mux(stream.encode())
+    decoded = ingest._decoded
+
+    def some_untimed(container: InputContainer, index: int) -> Iterator[av.VideoFrame]:
+        for number, frame in enumerate(decoded(container, index)):
+            if number in untimed:
+                frame.pts = None
+            yield frame
+
+    monkeypatch.setattr(ingest, "_decoded", some_untimed)
+    source = Source("file", path.name, UrlGuard(SourcesConfig()), path=path)
+    reader = Ingest(source, 10, 32, False, reconnected=lambda: None)
+    assert [at for at, _ in reader.pictures()] == pytest.approx([number / 10 for number in range(12)])
 
 
 def test_a_source_that_stays_away_is_given_up(tiny: dict[str, object], redis_url: str) -> None:
