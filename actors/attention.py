@@ -7,7 +7,9 @@ per session otherwise.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +25,12 @@ try:
 except ImportError:
     varlen = None  # type: ignore[assignment]
 
+logger = logging.getLogger(__name__)
+
 ATTENTION = "live"
 SHORT = 1024  # positions up to which a context's scores stay in a CPU's cache for twice as many rows
 BLOCK = 32  # positions whose scores are computed together in a longer one
+AGREEMENT = 2e-2  # how far paged attention of normal keys and values may be off in half precision
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,20 @@ class Span:
         return self.last - self.first
 
 
+class Paged(NamedTuple):
+    """The layout as paged attention wants it: B sessions in pages of the pool, all int32 on its device.
+
+    Kernels of the second generation look up lengths in `used`, and refuse to run without `key_ends`.
+    """
+
+    query_ends: Tensor  # (B + 1)
+    key_ends: Tensor  # (B + 1), as if all pages were full
+    used: Tensor  # (B)
+    table: Tensor  # (B, pages)
+    longest_query: int
+    longest: int
+
+
 @dataclass
 class Ragged:
     """One forward's layout: where each new position is stored, and what it may see."""
@@ -50,7 +69,7 @@ class Ragged:
     spans: list[Span]
     slots: Tensor
     masks: dict[int, Tensor] = field(default_factory=dict)
-    paged: tuple[Tensor, Tensor, Tensor, int, int] | None = None
+    paged: Paged | None = None
     scratch: tuple[Tensor, Tensor] | None = None
     block: int = BLOCK
 
@@ -66,7 +85,7 @@ class Ragged:
             ragged.scratch = memory.scratch(groups * block * longest)
             for length in {min(block, span.length) for span in spans} | {span.length % block for span in spans}:
                 ragged.masks[length] = _later(length, 0, groups, dtype, device)
-        elif device.type == "cuda" and varlen is not None and dtype != torch.float32:
+        elif memory.paged:
             ragged.paged = _page_table(memory, spans)
         else:
             for index, span in enumerate(spans):
@@ -161,36 +180,75 @@ def _attend_by_session(ragged: Ragged, layer: int, query: Tensor, scaling: float
     return output
 
 
-def _page_table(memory: KVMemory, spans: list[Span]) -> tuple[Tensor, Tensor, Tensor, int, int]:
-    """Cumulated query lengths, used KV lengths, pages of each session, and the longest of both."""
+def pages_work(memory: KVMemory, groups: int) -> bool:
+    """Whether paged attention runs here and gives what SDPA does, tried on memory that nobody uses yet.
+
+    Not every version of torch has it, and not every GPU that torch supports.
+    """
+    if varlen is None or not memory.keys[0].is_cuda or memory.keys[0].dtype == torch.float32:
+        return False
+    try:
+        apart = _difference(memory, groups)
+    except (TypeError, RuntimeError) as error:
+        logger.warning("paged attention does not run here, SDPA takes its place: %s", str(error).partition("\n")[0])
+        return False
+    if not apart < AGREEMENT:
+        logger.warning("paged attention is off by %.2g here, SDPA takes its place", apart)
+        return False
+    return True
+
+
+def _difference(memory: KVMemory, groups: int) -> float:
+    """How far paged attention and SDPA are apart, over a short and a longer context of random numbers."""
+    keys, values = memory.keys[0], memory.values[0]
+    numbers = torch.Generator(keys.device).manual_seed(0)
+    spans = [Span(0, 3, 0, 5), Span(3, 4, memory.positions - PAGE, PAGE - 1)]
+    try:
+        for part in (keys[:PAGE], keys[-PAGE:], values[:PAGE], values[-PAGE:]):
+            part.normal_(generator=numbers)
+        width = keys.shape[2]
+        query = torch.empty(4, groups * memory.kv_heads, width, dtype=keys.dtype, device=keys.device)
+        query.normal_(generator=numbers)
+        ragged = Ragged.of(memory, spans, groups)
+        one = _attend_by_page(query, keys, values, _page_table(memory, spans), width**-0.5)
+        other = _attend_by_session(ragged, 0, query, width**-0.5)
+        return float((one - other).abs().max())
+    finally:
+        for part in (keys[:PAGE], keys[-PAGE:], values[:PAGE], values[-PAGE:]):
+            part.zero_()
+
+
+def _page_table(memory: KVMemory, spans: list[Span]) -> Paged:
     device = memory.keys[0].device
-    ends = torch.tensor([0, *(span.last for span in spans)], dtype=torch.int32, device=device)
     lengths = [span.past + span.length for span in spans]
     longest = max(lengths)
     pages = torch.arange(-(-longest // PAGE), dtype=torch.int32)
     table = torch.stack([span.start // PAGE + pages for span in spans]).clamp(max=memory.positions // PAGE - 1)
-    used = torch.tensor(lengths, dtype=torch.int32, device=device)
-    return ends, used, table.to(device), max(span.length for span in spans), longest
+    return Paged(
+        torch.tensor([0, *(span.last for span in spans)], dtype=torch.int32, device=device),
+        torch.arange(len(spans) + 1, dtype=torch.int32, device=device) * (len(pages) * PAGE),
+        torch.tensor(lengths, dtype=torch.int32, device=device),
+        table.to(device),
+        max(span.length for span in spans),
+        longest,
+    )
 
 
-def _attend_by_page(
-    query: Tensor, keys: Tensor, values: Tensor, paged: tuple[Tensor, Tensor, Tensor, int, int], scaling: float
-) -> Tensor:
-    ends, used, table, longest_query, longest = paged
+def _attend_by_page(query: Tensor, keys: Tensor, values: Tensor, paged: Paged, scaling: float) -> Tensor:
     pages = (-1, PAGE, *keys.shape[1:])
     attended = varlen.varlen_attn(
         query.contiguous(),
         keys.view(pages),
         values.view(pages),
-        ends,
-        None,
-        longest_query,
-        longest,
+        paged.query_ends,
+        paged.key_ends,
+        paged.longest_query,
+        paged.longest,
         scale=scaling,
         window_size=(-1, 0),
         enable_gqa=True,
-        seqused_k=used,
-        block_table=table,
+        seqused_k=paged.used,
+        block_table=paged.table,
         # With several, flash attention has been seen to leave rows of paged keys unwritten (pytorch#194167).
         num_splits=1,
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from actors.attention import ATTENTION, Ragged, Span
+from actors.attention import ATTENTION, Ragged, Span, pages_work
 from actors.dialogue import Template
 from actors.engine import EngineConfig, KVUse, NoCapacity, StepResult
 from actors.kv import PAGE, KVMemory, Region, whole_pages
@@ -42,6 +42,7 @@ class BatchedEngine:
         self.memory = KVMemory(llm.config, self._affordable_positions(), llm.dtype, model.device)
         self._regions: dict[str, Region] = {}
         self._groups = llm.config.num_attention_heads // self.memory.kv_heads
+        self.memory.paged = pages_work(self.memory, self._groups)
         self._no_mask = torch.empty(1, 1, 1, 1, device=model.device)
         _refuse_sliding_windows(llm.config, self.limits.capacity)
         llm.set_attn_implementation(ATTENTION)

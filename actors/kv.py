@@ -51,6 +51,7 @@ class KVMemory:
         layers = range(config.num_hidden_layers)
         self.keys = [torch.zeros(key_shape, dtype=dtype, device=device) for _ in layers]
         self.values = [torch.zeros(value_shape, dtype=dtype, device=device) for _ in layers]
+        self.paged = False  # whether paged attention reads it
         self._scratch: Tensor | None = None
         self._free = [Region(0, self.positions)]
 

@@ -58,7 +58,7 @@ Without arguments: the embedded default on the CPU, about 15 minutes on two core
   memory      resident memory along a stream
   latency     time to first token; step p50 and p99; lag of frames of 4 sessions at 2 FPS
   crowd       on a GPU: lag of 45 sessions at 2 FPS with windows of 8,192 positions, or of as many as
-              engine.kv_memory_gb holds
+              engine.kv_memory_gb holds; that of a settings file counts for its own model only, not for a preset
 
 Contexts of a certain length are made without living through them: see jobs/scripted.py.
 """
@@ -100,6 +100,8 @@ def engine(arguments: argparse.Namespace) -> None:
         subject = subject_of(config, settings.device, arguments.dtype)
     else:
         subject = subject_of_size(arguments.preset, settings.device, arguments.dtype)
+        if not any(one.startswith("engine.kv_memory_gb=") for one in arguments.overrides):
+            settings = settings.model_copy(update={"kv_memory_gb": None})  # the file's is for another model
     amount = ON_GPU if settings.device.startswith("cuda") else Amount()
     benchmark = EngineBenchmark(subject, settings, QUICK if arguments.quick else amount)
     report = benchmark.run()

@@ -87,7 +87,9 @@ class ReportConfig(Section):
         default=get_args(Part), min_length=1, description="what to grade; all takes an hour"
     )
     threshold: float | None = Field(default=None, description="null is the checkpoint's own")
-    thresholds: tuple[float, ...] = Field(default=(0.3, 0.4, 0.5, 0.6, 0.7, 0.8), description="to calibrate with")
+    thresholds: tuple[float, ...] = Field(
+        default=(0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8), min_length=1, description="to calibrate with"
+    )
     calibrate: bool = Field(
         default=False,
         description="store in the checkpoint the one that speaks least of those that do nearly as well as the best on "

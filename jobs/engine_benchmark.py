@@ -173,7 +173,7 @@ class EngineBenchmark:
                         add_frame(sessions[name], self.frame)
                         costs[name].append(self._drain(engine))
                 for name in engines:
-                    costs[name].remove(max(costs[name]))  # the first after placing warms up
+                    costs[name].remove(max(costs[name]))  # the first after placing warms up, and is the slowest
             self._compare("live", length, {name: fmean(costs[name]) + spread[name] for name in engines})
             self._first_token(engines, length)
 

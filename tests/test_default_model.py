@@ -42,6 +42,7 @@ def test_of_thresholds_that_are_nearly_as_good_the_one_that_speaks_least_is_take
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 @pytest.mark.timeout(900)
 def test_the_pipeline_of_the_default_model_in_miniature(tmp_path: Path) -> None:
     job(
@@ -106,6 +107,7 @@ def test_the_shipped_model_is_small_and_has_a_threshold_of_its_own() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 def test_the_shipped_model_tells_when_a_cat_comes_and_goes(samples: Path) -> None:
     config = load_config(REPOSITORY / "configs" / "embedded.yaml")
     encoder = FrameEncoder(config.model, threads=1)

@@ -324,6 +324,7 @@ def test_actors_of_a_cluster_share_the_videos(
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 def test_the_embedded_default_narrates_a_sample(sample_video: Path, tmp_path: Path) -> None:
     arguments = [str(sample_video), "session.max_response_tokens=2", "session.fps=0.25", "--burn"]
     assert main([*arguments, "--output", str(tmp_path)]) == 0

@@ -17,6 +17,7 @@ def test_a_clip_is_full_and_speaks_on_schedule(sample_video: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 def test_a_video_goes_through_all_stages(tiny_configs: dict[str, ModelConfig], sample_video: Path) -> None:
     tiny = tiny_configs["live1plus"].model_copy(update={"checkpoint": None}).model_dump(mode="json")
     config = Config({"model": tiny, "engine": {"untrained": True}})

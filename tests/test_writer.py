@@ -108,6 +108,7 @@ def test_a_model_without_a_form_for_chats_gets_its_own_or_none(tiny_models: Path
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 def test_the_embedded_model_answers() -> None:
     writer = TransformersWriter(WriterConfig(backend="transformers", max_new_tokens=24))
     [text] = writer.write(requests("What is the capital of France? Answer with its name alone."))
