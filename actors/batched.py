@@ -39,14 +39,14 @@ class BatchedEngine:
         self.idle = True
         self.sessions: dict[str, Session] = {}
         self.scheduler = Scheduler(config.token_budget, config.speculate)
+        _refuse_sliding_windows(llm.config, self.limits.capacity)
+        llm.set_attn_implementation(ATTENTION)
+        self._lean = LeanDecoder.of(llm)  # before what is free is counted: it lays weights out anew
         self.memory = KVMemory(llm.config, self._affordable_positions(), llm.dtype, model.device)
         self._regions: dict[str, Region] = {}
         self._groups = llm.config.num_attention_heads // self.memory.kv_heads
         self.memory.paged = pages_work(self.memory, self._groups)
         self._no_mask = torch.empty(1, 1, 1, 1, device=model.device)
-        _refuse_sliding_windows(llm.config, self.limits.capacity)
-        llm.set_attn_implementation(ATTENTION)
-        self._lean = LeanDecoder.of(llm)
 
     @property
     def room(self) -> int:
@@ -159,6 +159,7 @@ class BatchedEngine:
         llm = self.model.base_llm
         each = KVMemory.bytes_per_position(llm.config, llm.dtype)
         if self.config.kv_memory_share is not None:
+            torch.cuda.empty_cache()
             free, _ = torch.cuda.mem_get_info(self.model.device)
             budget = free * self.config.kv_memory_share
         else:

@@ -46,7 +46,7 @@ DEFAULT_SETTINGS = "configs/embedded.yaml"
 
 ENGINE_HELP = """Compare the batched engine with the `reference` backend.
 
-Without arguments: the embedded default on the CPU, about 15 minutes on two cores of 2020s
+Without arguments: the embedded default on the CPU, about 20 minutes on two cores of 2020s
 (the reference's part; it is slow). What is measured:
 
   live        one session, frame by frame, after 300, 1,500 and 3,000 frames; the mean over the
