@@ -154,7 +154,7 @@ class ResponseWish(Part):
 
 
 class ResponseCreate(ClientEvent):
-    """Respond now. A question is answered without being asked for it: after one this changes nothing."""
+    """Ask the instructions given, else `serve.prompt`: not after a question, which is answered anyway."""
 
     type: Literal["response.create"]
     response: ResponseWish | None = None

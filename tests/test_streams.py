@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
@@ -138,7 +139,10 @@ def test_questions_are_answered_among_the_events(url: str, videos: Path) -> None
 
 
 def test_a_deleted_stream_ends_and_makes_room(url: str, videos: Path) -> None:
-    ids = [start(url, videos / "long.mp4", live=True).json()["id"] for _ in range(2)]
+    with ThreadPoolExecutor(6) as pool:  # at once: none slips in while another begins
+        answers = list(pool.map(lambda _: start(url, videos / "long.mp4", live=True), range(6)))
+    assert sorted(answer.status_code for answer in answers) == [201] * 2 + [429] * 4
+    ids = [answer.json()["id"] for answer in answers if answer.status_code == 201]
     full = start(url, videos / "clip.mp4")
     assert full.status_code == 429
     assert full.json()["error"]["code"] == "too_many_streams"
