@@ -8,14 +8,20 @@ INSTALLED := $(VENV)/.installed
 
 DEFAULT := configs/default_model.yaml
 EMOJI := @lobehub/fluent-emoji-3d@1.1.0
-DRAWINGS := streams.folder=runs/default streams.drawings=runs/default/package/assets streams.fitted=true streams.things=6
-DENSE := $(DRAWINGS) streams.seed=410000007 \
-  'streams.sets={"dense": {"streams": 960, "frames": [16, 28], "gap": [1, 7], "stay": [4, 10], \
-  "quiet": 0.08, "haunted": 0.5, "few": 4, "waiting": 0.1, "drawn": 0.15, "blended": 0.15}}'
-CLOSE := $(DRAWINGS) streams.seed=210000007 \
+WITH_DRAWINGS := streams.folder=runs/default/wide streams.drawings=runs/default/package/assets
+WIDE := $(WITH_DRAWINGS) streams.seed=7 \
+  'streams.sets={"mixed": {"streams": 1300, "frames": [30, 90], "curious": true, "quiet": 0.15}}'
+CALM := $(WITH_DRAWINGS) streams.seed=70000007 \
+  'streams.sets={"calm": {"streams": 600, "frames": [30, 90], "curious": true, "quiet": 0.15, "haunted": 0.35}}'
+PATIENT := $(WITH_DRAWINGS) streams.seed=130000007 \
+  'streams.sets={"patient3": {"streams": 300, "frames": [30, 90], "curious": true, "quiet": 0.15, "haunted": 0.35, \
+  "few": 4, "waiting": 0.5}}'
+# What is on photographs: things fitted into their places, out of material of its own.
+FITTED := streams.folder=runs/default/fitted streams.drawings=runs/default/package/assets streams.fitted=true streams.things=6
+CLOSE := $(FITTED) streams.seed=210000007 \
   'streams.sets={"close": {"streams": 720, "frames": [30, 90], "curious": true, "quiet": 0.2, "haunted": 0.5, \
   "few": 4, "waiting": 0.35, "drawn": 0.35, "blended": 0.4}}'
-NAMES := $(DRAWINGS) streams.seed=310000007 \
+NAMES := $(FITTED) streams.seed=310000007 \
   'streams.sets={"names": {"streams": 1020, "frames": [24, 50], "gap": [1, 7], "stay": [4, 10], "curious": true, \
   "quiet": 0.12, "haunted": 0.5, "few": 4, "waiting": 0.2, "drawn": 0.12, "blended": 0.15}}'
 MADE = data.folder=runs/default/$(1)/dialogues store.folder=runs/default/$(1)/tokens
@@ -47,22 +53,37 @@ finetune: $(INSTALLED)
 	$(RUN) -m jobs.finetune configs/finetune.yaml "annotations.paths=[\"$$VIDEOS\"]"
 
 train-default: $(INSTALLED)
-	mkdir -p runs/default
-	cd runs/default && npm pack --silent $(EMOJI) && tar -xzf lobehub-fluent-emoji-3d-*.tgz
-	$(RUN) -m jobs.make_streams $(DEFAULT) $(CLOSE)
-	$(RUN) -m jobs.make_streams $(DEFAULT) $(DENSE)
-	$(RUN) -m jobs.make_streams $(DEFAULT) $(NAMES)
+	$(RUN) -m jobs.make_streams $(DEFAULT)
 	$(RUN) -m jobs.train $(DEFAULT) training.name=dense model.checkpoint=runs/default/connector $(call MADE,dense) \
-	  training.batch_size=8 training.max_steps=112 training.learning_rate=1e-3 training.connector_learning_rate=2e-4
-	$(RUN) -m jobs.train $(DEFAULT) training.name=close model.checkpoint=runs/default/runs/dense/checkpoint \
-	  $(call MADE,close) training.max_steps=400 training.learning_rate=8e-4 training.connector_learning_rate=2e-4
+	  training.batch_size=8 training.max_steps=85 training.learning_rate=1e-3 training.connector_learning_rate=2e-4
+	$(RUN) -m jobs.train $(DEFAULT) training.name=long model.checkpoint=runs/default/runs/dense/checkpoint $(call MADE,long) \
+	  training.max_steps=1000 training.stop_at=220 training.learning_rate=8e-4
+	$(RUN) -m jobs.train $(DEFAULT) training.name=final model.checkpoint=runs/default/runs/long/checkpoint $(call MADE,long) \
+	  training.seed=1
+	cd runs/default && npm pack --silent $(EMOJI) && tar -xzf lobehub-fluent-emoji-3d-*.tgz
+	$(RUN) -m jobs.make_streams $(DEFAULT) $(WIDE)
+	$(RUN) -m jobs.train $(DEFAULT) training.name=wide model.checkpoint=runs/default/runs/final/checkpoint \
+	  $(call MADE,wide/mixed) training.max_steps=600 training.learning_rate=5e-4 training.connector_learning_rate=2e-4
+	$(RUN) -m jobs.make_streams $(DEFAULT) $(CALM)
+	$(RUN) -m jobs.train $(DEFAULT) training.name=calm model.checkpoint=runs/default/runs/wide/checkpoint \
+	  $(call MADE,wide/calm) training.max_steps=260 training.learning_rate=4e-4 training.connector_learning_rate=1e-4
+	$(RUN) -m jobs.make_streams $(DEFAULT) $(PATIENT)
+	$(RUN) -m jobs.train $(DEFAULT) training.name=patient model.checkpoint=runs/default/runs/calm/checkpoint \
+	  $(call MADE,wide/patient3) training.max_steps=140 training.learning_rate=2.5e-4 training.connector_learning_rate=2e-5
+	$(RUN) -m jobs.export_checkpoint $(DEFAULT) model.checkpoint=runs/default/runs/patient/checkpoint \
+	  export.average_with=runs/default/runs/calm/checkpoint export.share=0.6 \
+	  export.folder=runs/default/drawn export.replace=true
+	$(RUN) -m jobs.make_streams $(DEFAULT) $(CLOSE)
+	$(RUN) -m jobs.train $(DEFAULT) training.name=close model.checkpoint=runs/default/drawn \
+	  $(call MADE,fitted/close) training.max_steps=330 training.learning_rate=4e-4 training.connector_learning_rate=1e-4
+	$(RUN) -m jobs.make_streams $(DEFAULT) $(NAMES)
 	$(RUN) -m jobs.train $(DEFAULT) training.name=names model.checkpoint=runs/default/runs/close/checkpoint \
-	  $(call MADE,names) training.batch_size=2 training.max_steps=440 training.learning_rate=6e-4 \
+	  $(call MADE,fitted/names) training.batch_size=2 training.max_steps=420 training.learning_rate=5e-4 \
 	  training.connector_learning_rate=2e-4
 	$(RUN) -m jobs.export_checkpoint $(DEFAULT) model.checkpoint=runs/default/runs/names/checkpoint \
 	  export.average_with=runs/default/runs/close/checkpoint export.share=0.6 \
 	  export.folder=runs/default/model export.replace=true
-	$(RUN) -m jobs.evaluate $(DEFAULT) model.checkpoint=runs/default/model $(call MADE,close) \
+	$(RUN) -m jobs.evaluate $(DEFAULT) model.checkpoint=runs/default/model $(call MADE,fitted/close) \
 	  evaluation.calibrate=true evaluation.folder=runs/default/evaluation
 	$(RUN) -m jobs.default_report configs/embedded.yaml model.checkpoint=runs/default/model $(REPORT)
 

@@ -88,7 +88,7 @@ class ReportConfig(Section):
     )
     threshold: float | None = Field(default=None, description="null is the checkpoint's own")
     thresholds: tuple[float, ...] = Field(
-        default=(0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8), min_length=1, description="to calibrate with"
+        default=(0.3, 0.4, 0.5, 0.6, 0.7, 0.8), min_length=1, description="to calibrate with"
     )
     calibrate: bool = Field(
         default=False,

@@ -195,14 +195,14 @@ def test_a_refused_change_does_not_undo_the_next(url: str) -> None:
         client.configure(video={"drop_policy": "block"})
         client.frame(0)
         client.until(FrameDecided)
-        for window in ({"trigger": 100000, "keep": 50000}, {"trigger": 400, "keep": 200}):
+        for window in ({"trigger": 100000, "keep": 50000}, {"trigger": 1000, "keep": 600}):
             client.say({"type": "session.update", "session": {"video": {"window": window}}})
         assert client.until(ErrorEvent).error.code == "refused"
         client.say({"type": "session.update", "session": {"video": {"threshold": 0.125}}})
         while (changed := client.until(SessionUpdated)).session.video.threshold != 0.125 or changed.position is None:
             pass
         client.end()
-    assert changed.session.video.window == WindowInfo(trigger=400, keep=200)
+    assert changed.session.video.window == WindowInfo(trigger=1000, keep=600)
 
 
 def test_what_was_refused_while_the_client_was_away_is_not_asked_for_again(url: str) -> None:
