@@ -300,7 +300,7 @@ def test_no_dialogues_are_no_evaluation(
 ) -> None:
     write_dialogues(tmp_path, [])
     assert evaluate() == 1
-    assert "has no dialogues: raise data.validation_fraction" in capsys.readouterr().err
+    assert "dialogues.jsonl has no dialogues: give others" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("no_pictures")
