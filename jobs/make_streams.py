@@ -51,6 +51,7 @@ logger = logging.getLogger(__name__)
 FPS = 2.0
 THINGS_AT_ONCE = 250
 DRAWN_FRAMES = 10
+MATERIAL_FILE = "settings.json"
 MATERIAL = {"clips", "things", "drawn", "sceneries", "fitted"}  # settings that material depends on, beside drawings
 
 
@@ -133,6 +134,7 @@ def make(config: Config) -> None:
         raise ConfigError("a set of streams.sets has `few`, which needs drawn things: set streams.drawings")
     if settings.drawings is None and settings.fitted:
         raise ConfigError("streams.fitted is for material with drawn things: set streams.drawings")
+    _check_material(settings)
     limit_threads(settings.threads)
     folder = Path(settings.folder)
     classifier = Classifier(load_embedded())
@@ -168,20 +170,31 @@ def _make_start(config: Config, classifier: Classifier, folder: Path) -> None:
     logger.info("start=%s: set model.checkpoint to it", folder)
 
 
-def material(settings: StreamsConfig, classifier: Classifier) -> Material:
-    """Clips and things, made once for a folder. Raises ConfigError where those that are there are of other settings."""
+def _check_material(settings: StreamsConfig) -> None:
+    """Raises ConfigError where the material that is there was made with other settings."""
     folder = Path(settings.folder) / "material"
-    wanted = settings.model_dump(mode="json", include=MATERIAL) | {"drawings": settings.drawings is not None}
     if not folder.exists():
-        with whole_folder(folder) as part:
-            _make_material(settings, classifier, part)
-            (part / "settings.json").write_text(json.dumps(wanted, indent=1))
-    record = folder / "settings.json"
+        return
+    record = folder / MATERIAL_FILE
     found = json.loads(record.read_text()) if record.is_file() else {}
+    wanted = _material_settings(settings)
     if differing := [
         f"{name} {found.get(name)}, now {value}" for name, value in wanted.items() if found.get(name) != value
     ]:
         raise ConfigError(f"{folder} was made with streams.{'; '.join(differing)}: set another streams.folder")
+
+
+def _material_settings(settings: StreamsConfig) -> dict[str, object]:
+    return settings.model_dump(mode="json", include=MATERIAL) | {"drawings": settings.drawings is not None}
+
+
+def material(settings: StreamsConfig, classifier: Classifier) -> Material:
+    """Clips and things, made once for a folder."""
+    folder = Path(settings.folder) / "material"
+    if not folder.exists():
+        with whole_folder(folder) as part:
+            _make_material(settings, classifier, part)
+            (part / MATERIAL_FILE).write_text(json.dumps(_material_settings(settings), indent=1))
     parts = load_file(folder / "material.safetensors")
     names = [tuple(line.split("|")) if line else () for line in (folder / "clip_names.txt").read_text().splitlines()]
     drawn = (folder / "drawn_names.txt").read_text().splitlines() if "drawn" in parts else []

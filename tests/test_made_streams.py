@@ -171,6 +171,14 @@ def test_few_things_without_drawings_are_refused() -> None:
         make(config)
 
 
+def test_material_of_other_settings_is_refused(tmp_path: Path) -> None:
+    there = tmp_path / "material" / "settings.json"
+    there.parent.mkdir()
+    there.write_text('{"clips": 220, "things": 1, "drawn": 700, "sceneries": 200, "fitted": false, "drawings": false}')
+    with pytest.raises(ConfigError, match=r"material was made with streams\.things 1, now 10: set another streams"):
+        make(load_config(SETTINGS, [f"streams.folder={tmp_path}"]))
+
+
 def test_few_things_where_nobody_waits_are_refused() -> None:
     config = load_config(SETTINGS, ['streams.sets={"patient": {"streams": 1, "frames": [8, 9], "few": 2}}'])
     with pytest.raises(ConfigError, match=r"sets\.patient has `few`.*no `waiting`"):
