@@ -20,7 +20,6 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Literal
 
 import ray.train
 from ray.actor import ActorHandle
@@ -48,10 +47,10 @@ from jobs.frame_store import StoreError
 from jobs.learner import TrainingError
 from jobs.program import run
 from jobs.run_folder import RunFolder
-from jobs.training_config import MORE_IS_BETTER, Metric, TrainingConfig
+from jobs.training_config import TrainingConfig
 from jobs.training_log import METRICS_FILE, plot_log
 from jobs.training_run import check_held_out, keep_settings, load_data, load_validation, make_plan, portable, run_folder
-from jobs.training_worker import FAILURE_FILE, STATE_FILE, work
+from jobs.training_worker import FAILURE_FILE, SCORE, STATE_FILE, work
 from jobs.validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -90,7 +89,7 @@ def train(config: Config) -> str | None:
         raise TrainingError(f"the run in {folder} ended without a checkpoint: look at its {METRICS_FILE}")
     _publish(result.checkpoint, folder, "checkpoint")
     if settings.keep_best is not None:
-        best = result.get_best_checkpoint(settings.keep_best, mode=_mode(settings.keep_best))
+        best = result.get_best_checkpoint(SCORE, mode="max")
         _publish(best or result.checkpoint, folder, "best")
     plot_log(folder)
     logger.info("trained: serve it with model.checkpoint=%s", folder.name("checkpoint"))
@@ -108,10 +107,6 @@ def _publish(saved: ray.train.Checkpoint, folder: RunFolder, name: str) -> None:
             return
         with whole_folder(Path(folder.path) / name) as part:
             shutil.copytree(trained, part, ignore=ignored, dirs_exist_ok=True)
-
-
-def _mode(metric: Metric) -> Literal["max", "min"]:
-    return "max" if metric in MORE_IS_BETTER else "min"
 
 
 class _Trainer(TorchTrainer):
@@ -146,8 +141,8 @@ def _trainer(config: Config, settings: TrainingConfig, folder: RunFolder) -> _Tr
             storage_filesystem=files,
             checkpoint_config=CheckpointConfig(
                 num_to_keep=settings.keep_checkpoints,
-                checkpoint_score_attribute=settings.keep_best,
-                checkpoint_score_order=_mode(settings.keep_best) if settings.keep_best else "max",
+                checkpoint_score_attribute=SCORE if settings.keep_best else None,
+                checkpoint_score_order="max",
             ),
             failure_config=FailureConfig(max_failures=settings.max_failures),
         ),

@@ -7,6 +7,7 @@ stopped and started again.
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -20,12 +21,13 @@ from actors import checkpoint
 from actors.config import Config, ConfigError, ModelConfig
 from actors.runtime import limit_threads, native_dtype
 from jobs.learner import Learner, TrainingError
-from jobs.training_config import TrainingConfig
+from jobs.training_config import MORE_IS_BETTER, Metric, TrainingConfig
 from jobs.training_log import TrainingLog
 from jobs.training_run import load_data, load_validation, make_plan, run_folder
 from jobs.validation import Validation
 
 STATE_FILE = "learner.pt"  # beside a servable checkpoint: what only going on with the training needs
+SCORE = "score"  # what `training.keep_best` goes by: the more the better
 FAILURE_FILE = "failure.txt"  # why a run ended that would fail again in the same way
 
 
@@ -67,10 +69,19 @@ def work(parcel: dict) -> None:
                 metrics |= found
                 if log is not None:
                     log.add_validation(learner.step, found)
+            if settings.keep_best is not None:
+                metrics[SCORE] = score(metrics.get(settings.keep_best), settings.keep_best)
             if ended or validating or learner.step % settings.checkpoint_every == 0:
                 if log is not None:
                     log.upload()
                 _report(metrics, learner, loaded if rank == 0 else None)
+
+
+def score(value: float | None, metric: Metric) -> float:
+    """Of a checkpoint for its metric: one that was not validated is worse than any. To Ray it would be the best."""
+    if value is None:
+        return -math.inf
+    return value if metric in MORE_IS_BETTER else -value
 
 
 def start(model: ModelConfig, settings: TrainingConfig, device: torch.device | str) -> checkpoint.Loaded:
