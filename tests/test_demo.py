@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,13 @@ class Demo:
         return [path.name for path in self.folder.glob("videollm-*")]
 
 
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """For what a demo keeps in files. A short path: Ray's sockets lie below it."""
+    with tempfile.TemporaryDirectory(prefix="demo-") as name:
+        yield Path(name)
+
+
 @pytest.fixture(scope="module")
 def config(
     tiny_configs: dict[str, ModelConfig], tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
@@ -72,8 +81,8 @@ def config(
 
 
 @pytest.mark.slow
-def test_the_demo_plays_a_video_and_leaves_nothing_behind(config: str, tmp_path: Path) -> None:
-    demo = Demo(tmp_path, "--config", config, "--max-seconds", "4", "--timeline", str(tmp_path / "timeline.png"))
+def test_the_demo_plays_a_video_and_leaves_nothing_behind(config: str, folder: Path, tmp_path: Path) -> None:
+    demo = Demo(folder, "--config", config, "--max-seconds", "4", "--timeline", str(tmp_path / "timeline.png"))
     assert demo.wait() == 0, "".join(demo.lines)
     said = "".join(demo.lines)
     assert "0.0s  user: Please narrate the video in real time." in said
@@ -93,9 +102,9 @@ def test_the_demo_plays_a_video_and_leaves_nothing_behind(config: str, tmp_path:
     ],
 )
 def test_a_demo_that_is_stopped_leaves_nothing_behind(
-    config: str, tmp_path: Path, moment: str, processes: int, number: signal.Signals, status: int
+    config: str, folder: Path, moment: str, processes: int, number: signal.Signals, status: int
 ) -> None:
-    demo = Demo(tmp_path, "--config", config)
+    demo = Demo(folder, "--config", config)
     demo.until(moment)
     if moment == "starting":
         deadline = time.monotonic() + START_S
@@ -114,8 +123,8 @@ def test_a_demo_that_is_stopped_leaves_nothing_behind(
         (["serve.portt=1"], "portt"),
     ],
 )
-def test_a_demo_that_cannot_start_says_why(config: str, tmp_path: Path, arguments: list[str], says: str) -> None:
-    demo = Demo(tmp_path, "--config", config, *arguments)
+def test_a_demo_that_cannot_start_says_why(config: str, folder: Path, arguments: list[str], says: str) -> None:
+    demo = Demo(folder, "--config", config, *arguments)
     assert demo.wait() == 1
     assert says in demo.lines[-1]
     assert not demo.left_behind()
