@@ -203,8 +203,9 @@ def _difference(memory: KVMemory, groups: int) -> float:
     keys, values = memory.keys[0], memory.values[0]
     numbers = torch.Generator(keys.device).manual_seed(0)
     spans = [Span(0, 3, 0, 5), Span(3, 4, memory.positions - PAGE, PAGE - 1)]
+    borrowed = (keys[:PAGE], keys[-PAGE:], values[:PAGE], values[-PAGE:])
     try:
-        for part in (keys[:PAGE], keys[-PAGE:], values[:PAGE], values[-PAGE:]):
+        for part in borrowed:
             part.normal_(generator=numbers)
         width = keys.shape[2]
         query = torch.empty(4, groups * memory.kv_heads, width, dtype=keys.dtype, device=keys.device)
@@ -214,7 +215,7 @@ def _difference(memory: KVMemory, groups: int) -> float:
         other = _attend_by_session(ragged, 0, query, width**-0.5)
         return float((one - other).abs().max())
     finally:
-        for part in (keys[:PAGE], keys[-PAGE:], values[:PAGE], values[-PAGE:]):
+        for part in borrowed:
             part.zero_()
 
 

@@ -212,10 +212,10 @@ def rebuild(
         kept = [(position, entry) for position, entry in log if not window or position >= window.out_position]
         _check_bodies(held, [entry for _, entry in kept], first_seq)
         session.restore(entry for _, entry in kept)
-        if session.response is not None:
-            unread = Interrupt(after_seq=session.next_seq - 1, response_id=session.response.response_id)
-            if any(isinstance(one, Interrupt) and one.response_id == unread.response_id for _, one in inputs):
-                session.add(unread)
+        speaking = session.response.response_id if session.response is not None else None
+        for _, message in inputs:
+            if isinstance(message, Interrupt) and speaking is not None and message.response_id == speaking:
+                session.add(message)
         for position, entry in kept:
             held.note_entry(position, entry)
     except Exception:

@@ -74,9 +74,11 @@ class Report:
 
     def values(self) -> dict[str, object]:
         """What `metrics.json` holds: the same for the same model, data and settings, but for `live`."""
-        names = ("model", "fingerprint", "dialogues", "num_dialogues", "num_videos", "seen_videos", "fps", "threshold")
+        counts = ("num_dialogues", "num_videos", "left_out", "seen_videos")
         return {
-            **{name: getattr(self, name) for name in (*names, "left_out")},
+            **{
+                name: getattr(self, name) for name in ("model", "fingerprint", "dialogues", *counts, "fps", "threshold")
+            },
             "threshold_chosen_from": self.chosen_from,
             "window": asdict(self.window),
             "streams": {name: _group_values(group) for name, group in self.groups.items()},

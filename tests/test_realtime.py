@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 from application import application
-from live_client import live, picture
+from live_client import LiveClient, live, picture
 from websockets.exceptions import ConnectionClosed
 
 from serve.server_events import (
@@ -175,6 +175,15 @@ def test_settings_change_in_the_middle_of_a_session(url: str) -> None:
     assert changed.session.video.threshold == 0.125
 
 
+def window_after_a_change(client: LiveClient) -> WindowInfo | None:
+    """The window in force once the model has taken another threshold; ends the session."""
+    client.say({"type": "session.update", "session": {"video": {"threshold": 0.125}}})
+    while (changed := client.until(SessionUpdated)).session.video.threshold != 0.125 or changed.position is None:
+        pass
+    client.end()
+    return changed.session.video.window
+
+
 def test_what_the_model_refused_is_not_asked_for_again(url: str) -> None:
     with live(url) as client:
         client.configure(video={"drop_policy": "block"})
@@ -182,12 +191,7 @@ def test_what_the_model_refused_is_not_asked_for_again(url: str) -> None:
         client.until(FrameDecided)
         client.say({"type": "session.update", "session": {"video": {"window": {"trigger": 100000, "keep": 50000}}}})
         assert client.until(ErrorEvent).error.code == "refused"
-        client.say({"type": "session.update", "session": {"video": {"threshold": 0.125}}})
-        while (changed := client.until(SessionUpdated)).position is None:
-            pass
-        client.end()
-    assert changed.session.video.threshold == 0.125
-    assert changed.session.video.window != {"trigger": 100000, "keep": 50000}
+        assert window_after_a_change(client) is None
 
 
 def test_a_refused_change_does_not_undo_the_next(url: str) -> None:
@@ -198,11 +202,7 @@ def test_a_refused_change_does_not_undo_the_next(url: str) -> None:
         for window in ({"trigger": 100000, "keep": 50000}, {"trigger": 1000, "keep": 600}):
             client.say({"type": "session.update", "session": {"video": {"window": window}}})
         assert client.until(ErrorEvent).error.code == "refused"
-        client.say({"type": "session.update", "session": {"video": {"threshold": 0.125}}})
-        while (changed := client.until(SessionUpdated)).session.video.threshold != 0.125 or changed.position is None:
-            pass
-        client.end()
-    assert changed.session.video.window == WindowInfo(trigger=1000, keep=600)
+        assert window_after_a_change(client) == WindowInfo(trigger=1000, keep=600)
 
 
 def test_what_was_refused_while_the_client_was_away_is_not_asked_for_again(url: str) -> None:
@@ -214,12 +214,7 @@ def test_what_was_refused_while_the_client_was_away_is_not_asked_for_again(url: 
         client.say({"type": "session.update", "session": {"video": {"window": {"trigger": 100000, "keep": 50000}}}})
     with live(url, session_id, decided.position) as client:
         assert client.until(ErrorEvent).error.code == "refused"
-        client.say({"type": "session.update", "session": {"video": {"threshold": 0.125}}})
-        while (changed := client.until(SessionUpdated)).position is None:
-            pass
-        client.end()
-    assert changed.session.video.threshold == 0.125
-    assert changed.session.video.window is None
+        assert window_after_a_change(client) is None
 
 
 def test_with_latest_the_newest_frame_wins_and_the_rest_is_counted(tiny: dict[str, object], redis_url: str) -> None:
