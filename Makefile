@@ -35,10 +35,10 @@ help:
 	@echo 'make finetune VIDEOS=dir  train on your videos, each with an .srt, .vtt or .jsonl beside it'
 	@echo 'make train-default      train the shipped default model again, in about three hours of one core'
 	@echo 'make test               the fast tests'
-	@echo 'make test-slow          the tests with Ray clusters and the embedded models'
+	@echo 'make test-slow          the tests with the embedded models, faults and long runs'
 	@echo 'make cluster-test       every job on a Ray cluster of two network namespaces (as root)'
-	@echo 'make chaos [SEED=0] [SESSIONS=50] [FPS=0.5]  kill and starve the real application, and check what its clients saw'
-	@echo 'make soak [HOURS=4]     the same application for hours: does anything grow?'
+	@echo 'make chaos [SEED=0] [SESSIONS=50] [FPS=0.5] [SAVE=file]  kill and starve the real application, and check what its clients saw'
+	@echo 'make soak [HOURS=4] [SAVE=file]  the same application for hours: does anything grow?'
 	@echo 'make lint               formatting, lint, types and import rules'
 	@echo 'Set PYTHON to choose the interpreter (3.11 or 3.12) for the environment in $(VENV).'
 

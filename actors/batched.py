@@ -13,7 +13,7 @@ from torch import Tensor
 
 from actors.attention import ATTENTION, Ragged, Span, pages_work
 from actors.dialogue import Template
-from actors.engine import EngineConfig, KVUse, NoCapacity, StepResult
+from actors.engine import EngineConfig, EngineError, KVUse, NoCapacity, StepResult
 from actors.kv import PAGE, KVMemory, Region, whole_pages
 from actors.lean import LeanDecoder
 from actors.messages import LogEntry, SessionSettings
@@ -166,7 +166,7 @@ class BatchedEngine:
             budget = (self.config.kv_memory_gb or DEFAULT_KV_GB) * 1e9
         positions = int(budget / each)
         if positions < whole_pages(self.limits.capacity):
-            raise ValueError(
+            raise EngineError(
                 f"engine.kv_memory_gb of {budget / 1e9:.2f} holds {positions} positions, one session needs "
                 f"{self.limits.capacity} ({self.limits.capacity * each / 1e9:.2f} GB), both in whole pages of {PAGE}: "
                 "raise it or lower engine.max_positions"
@@ -178,7 +178,7 @@ def _refuse_sliding_windows(config: object, capacity: int) -> None:
     window = getattr(config, "sliding_window", None)
     layers = getattr(config, "layer_types", None) or ([] if window is None else ["sliding_attention"])
     if window is not None and window < capacity and "sliding_attention" in layers:
-        raise ValueError(
+        raise EngineError(
             f"the LLM attends within {window} positions, contexts may have {capacity}: "
             f"set engine.max_positions to {window}"
         )

@@ -20,6 +20,10 @@ from actors.session import Limits, Session
 LENGTH_FREE_ROPE = {"default", "linear", "llama3", "yarn"}  # angles of a position do not depend on the others
 
 
+class EngineError(ValueError):
+    """The model and the engine's settings do not fit together; names both and what to change."""
+
+
 class NoCapacity(RuntimeError):
     """No memory is left for another session; says how much one needs and how much there is."""
 
@@ -56,7 +60,7 @@ class EngineConfig(Section):
         capacity = self.max_positions or made_for
         rope = (getattr(llm, "rope_parameters", None) or {}).get("rope_type")
         if capacity > made_for and rope not in LENGTH_FREE_ROPE:
-            raise ValueError(
+            raise EngineError(
                 f"engine.max_positions is {capacity}, the LLM is made for {made_for} and its positions (rope type "
                 f"{rope}) do not go on beyond: set at most {made_for}"
             )

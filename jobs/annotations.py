@@ -155,7 +155,12 @@ class AnnotationsConfig(Section):
 
 def video_id(path: str | Path) -> str:
     """The name a video has in annotations, stores and checkpoints: its file name without suffix."""
-    return Path(path).stem
+    return Path(without_query(str(path))).stem
+
+
+def without_query(url: str) -> str:
+    """An http(s) URL without what a server signs it with; any other address as it is."""
+    return url.partition("?")[0] if url.startswith(("http://", "https://")) else url
 
 
 def named(folder: Path, name: str, suffixes: Sequence[str]) -> Path | None:

@@ -50,7 +50,7 @@ from jobs.provenance import code_version, file_sha256
 from jobs.public import read_dataset
 from jobs.robustness import write_videos
 from jobs.row_writing import WrittenRow, needs_writing
-from jobs.tasks import copies, dialogues_of
+from jobs.tasks import SCENES, copies, dialogues_of
 from jobs.writer import WriterConfig
 from jobs.writing_stage import write_rows
 
@@ -198,6 +198,8 @@ def build_video(annotation: VideoAnnotation, data: DataConfig, system_prompt: st
     if times and not dialogues:
         left_out = f"{annotation.source}: no {'text' if annotation.moments else 'dialogue'} within the video's "
         left_out += f"{video.duration:g} s"
+        if annotation.kind in SCENES and made[0].dropped:
+            left_out = f"{annotation.source}: {', '.join(made[0].dropped)} ({video.duration:g} s)"
     return result.model_copy(
         update={
             "dialogues": dialogues,

@@ -34,13 +34,13 @@ class EngineReport(TypedDict):
 
 @dataclass(frozen=True)
 class Checked:
-    """Milliseconds of a frame. `calibrated`: the formula was fitted to this one."""
+    """Milliseconds of a frame. `fitted_tflop_s`: the arithmetic a second that was fitted to this one, if it was."""
 
     what: str
     predicted_ms: float
     measured_ms: float
     full: bool
-    calibrated: bool = False
+    fitted_tflop_s: float | None = None
 
     @property
     def error(self) -> float:
@@ -86,7 +86,7 @@ def check_benchmark(report: EngineReport) -> list[Checked]:
             weights_ms / at + read_ms(context) + work / rate,
             measured["sessions", at],
             at >= FULL_FROM,
-            at == fullest,
+            rate / 1e9 if at == fullest else None,
         )
         for at in sessions
     ]

@@ -45,10 +45,10 @@ def check_table(rows: Sequence[Checked]) -> str:
     """The formula beside the benchmark, and its largest errors."""
     lines = [f"{'a frame, ms':<28} {'formula':>9} {'measured':>9} {'error':>7}"]
     for row in rows:
-        fitted = "  (fitted)" if row.calibrated else ""
+        fitted = "" if row.fitted_tflop_s is None else f"  (fitted: {row.fitted_tflop_s:.3g} TFLOP/s)"
         lines.append(f"{row.what:<28} {row.predicted_ms:>9.1f} {row.measured_ms:>9.1f} {row.error:>7.0%}{fitted}")
-    full = [abs(row.error) for row in rows if row.full and not row.calibrated]
-    others = [abs(row.error) for row in rows if not row.full and not row.calibrated]
+    full = [abs(row.error) for row in rows if row.full and row.fitted_tflop_s is None]
+    others = [abs(row.error) for row in rows if not row.full and row.fitted_tflop_s is None]
     lines.append(f"largest error in full steps {max(full, default=0):.0%}, elsewhere {max(others, default=0):.0%}")
     return "\n".join(lines)
 

@@ -176,16 +176,27 @@ def frame_rate(text: str) -> float:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 1 when a promise was broken or the application does not run."""
     parser = argparse.ArgumentParser(prog="python -m jobs.chaos", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sessions", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0, help="of the order of faults (default %(default)d)")
+    parser.add_argument("--sessions", type=int, default=50, help="at a time (default %(default)d)")
     parser.add_argument(
         "--fps", type=frame_rate, default=0.5, help="frames a second of each session (default %(default)g)"
     )
-    parser.add_argument("--replicas", type=int, default=2, help="of gateway, encoder and LLM each")
-    parser.add_argument("--faults", nargs="+", choices=list(FAULTS), default=list(FAULTS), metavar="FAULT")
-    parser.add_argument("--minutes", type=float, default=60.0, help="after which no further fault is injected")
+    parser.add_argument(
+        "--replicas", type=int, default=2, help="of gateway, encoder and LLM each (default %(default)d)"
+    )
+    parser.add_argument(
+        "--faults",
+        nargs="+",
+        choices=list(FAULTS),
+        default=list(FAULTS),
+        metavar="FAULT",
+        help=f"some of: {', '.join(FAULTS)} (default: all)",
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=60.0, help="after which no further fault is injected (default %(default)g)"
+    )
     parser.add_argument("--settings", help="a file whose model and engine are used instead of a random model")
-    parser.add_argument("--save", type=Path, help="write FILE.json and FILE.png")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write FILE.json and FILE.png")
     parser.add_argument("--note", action="append", default=[], help="a line for the report")
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)

@@ -9,7 +9,7 @@ assistant says follows the first frame at or after its time. VideoLLM-online, se
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +18,8 @@ from pydantic import Field, TypeAdapter
 from actors.turns import Assistant, Stream, Turn, User
 from jobs.annotations import AnnotationError, Moment, VideoAnnotation
 from jobs.clock import Extent
-from jobs.dataset_files import PUBLISHED, Entry, read_json
+from jobs.dataset_files import PUBLISHED, Entry, Split, read_json
+from jobs.ego4d import known_splits
 from jobs.scenes import Scene
 
 FILE = "goalstep_livechat_trainval_filtered_21k.json"
@@ -43,8 +44,9 @@ class Chat(Entry):
 def read_chats(folder: Path) -> Iterator[VideoAnnotation]:
     """A row a conversation, its messages in the order of the file."""
     path = folder / FILE
+    splits = known_splits(folder)
     for number, chat in enumerate(read_json(path, TypeAdapter(list[Chat]), PUBLISHED)):
-        yield _row(chat, path, "chat", str(number))
+        yield _row(chat, path, "chat", str(number), splits)
 
 
 def read_generated_chats(folder: Path) -> Iterator[VideoAnnotation]:
@@ -52,12 +54,14 @@ def read_generated_chats(folder: Path) -> Iterator[VideoAnnotation]:
     paths = sorted(folder.glob("*.json"))
     if not paths:
         raise AnnotationError(f"{folder} holds no .json file, expected one for each generated conversation")
+    splits = known_splits(folder) or known_splits(folder.parent)
     for path in paths:
         chat = read_json(path, TypeAdapter(Chat), "generate it again")
-        yield _row(chat, path, "generated_chat", path.stem)
+        yield _row(chat, path, "generated_chat", path.stem, splits)
 
 
-def _row(chat: Chat, path: Path, kind: str, part: str) -> VideoAnnotation:
+def _row(chat: Chat, path: Path, kind: str, part: str, splits: Mapping[str, Split]) -> VideoAnnotation:
+    """A video that narrations beside it are of is in their split: never trained on here and graded on there."""
     return VideoAnnotation(
         video_id=chat.video_uid,
         video="",
@@ -65,6 +69,7 @@ def _row(chat: Chat, path: Path, kind: str, part: str) -> VideoAnnotation:
         source=str(path),
         kind=kind,
         part=part,
+        split=splits.get(chat.video_uid),
     )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,8 +42,14 @@ def read_graded(folder: Path) -> Graded:
     """The streams that an evaluation graded. Raises CompareError for a folder of something else."""
     try:
         metrics = json.loads((folder / METRICS).read_text())
-        rows = [json.loads(line) for line in (folder / PREDICTIONS).read_text().splitlines()]
+        rows = [json.loads(line) for line in (folder / PREDICTIONS).read_text().split("\n") if line]
         rows = [row for row in rows if "timing" in row]
+        repeated = [name for name, count in Counter(row["dialogue_id"] for row in rows).items() if count > 1]
+        if repeated:
+            raise CompareError(
+                f"{folder} graded {len(repeated)} dialogue ids twice or more, such as {repeated[0]!r}, and streams are "
+                "compared by their ids: give evaluation.dialogues a file in which each dialogue has its own"
+            )
         return Graded(
             model=metrics["model"],
             window=metrics["window"],

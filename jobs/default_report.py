@@ -459,4 +459,13 @@ SECTIONS: dict[str, type[Section]] = {
 }
 
 if __name__ == "__main__":
-    sys.exit(run(report, module="jobs.default_report", about=__doc__, sections=SECTIONS, user_errors=(PhotosError,)))
+    sys.exit(
+        run(
+            report,
+            module="jobs.default_report",
+            about=__doc__,
+            example="configs/embedded.yaml report.cutouts=FOLDER report.scenes=FOLDER",
+            sections=SECTIONS,
+            user_errors=(PhotosError,),
+        )
+    )

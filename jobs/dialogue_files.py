@@ -72,12 +72,24 @@ def read_dialogues(path: str | Path) -> list[Dialogue]:
 
 
 def read_videos(path: str | Path) -> dict[str, str]:
-    """The video files of the dialogues at `path`, by id, where they have one. Raises DialogueFileError."""
+    """The video files of the dialogues at `path`, by id, where they have one.
+
+    Raises DialogueFileError, also for an id of two videos: the dialogues of one would be learned on the other's frames.
+    """
     path = find_dialogues(path)
+    rows: Iterable[tuple[str, str]]
     if path.is_dir() or path.suffix == PARQUET:
         rows = zip(*(column.to_pylist() for column in _table(path, ("video_id", "video")).columns), strict=True)
-        return {video_id: video for video_id, video in rows if video}
-    return {dialogue.video_id: dialogue.video for dialogue in _from_lines(path) if dialogue.video}
+    else:
+        rows = ((dialogue.video_id, dialogue.video) for dialogue in _from_lines(path))
+    videos: dict[str, str] = {}
+    for video_id, video in rows:
+        if video and videos.setdefault(video_id, video) != video:
+            raise DialogueFileError(
+                f"{path}: two videos have the id {video_id!r}, {videos[video_id]} and {video}: rename one of them, "
+                "or give it another video_id in a .jsonl file, and run jobs.build_dialogues again"
+            )
+    return videos
 
 
 def has_dialogues(path: str | Path) -> bool:

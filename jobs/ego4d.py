@@ -107,6 +107,21 @@ def read_refined_narrations(folder: Path) -> Iterator[VideoAnnotation]:
         yield from _rows(read_json(path, _STREAMS, PUBLISHED), split, "ego4d_refined_narration", path)
 
 
+def known_splits(folder: Path) -> dict[str, Split]:
+    """The split of each video that narrations in this folder tell, for what else is said of the same videos.
+
+    Empty where the folder has none of the files that `read_refined_narrations`, `read_narration_streams` or
+    `read_narrations` read.
+    """
+    for form in ("refined_narration_stream", "narration_stream"):
+        paths = {split: folder / f"{form}_{name}.json" for split, name in FILE_SPLIT.items()}
+        if all(path.is_file() for path in paths.values()):
+            return {uid: split for split, path in paths.items() for uid in read_json(path, _STREAMS, PUBLISHED)}
+    if not (folder / NARRATIONS).is_file():
+        return {}
+    return {uid: split for split, uids in video_uids(folder).items() for uid in uids}
+
+
 def _narrations(folder: Path) -> _Narrations:
     return read_json(folder / NARRATIONS, TypeAdapter(_Narrations), EGO4D)
 
@@ -133,7 +148,7 @@ def _rows(streams: Streams, split: Split, kind: str, source: Path) -> Iterator[V
                 yield VideoAnnotation(
                     video_id=uid,
                     video="",
-                    moments=tuple(moments),
+                    moments=tuple(sorted(moments, key=lambda moment: moment.time)),
                     source=str(source),
                     kind=kind,
                     part=name,

@@ -30,7 +30,7 @@ from pydantic import Field
 
 from actors.calibration import CALIBRATION_FILE, Calibration, write_calibration
 from actors.config import Config, ConfigError, ModelConfig, Section
-from actors.engine import EngineConfig
+from actors.engine import EngineConfig, EngineError
 from actors.messages import SessionSettings
 from actors.parts import CheckpointError
 from actors.session import SessionError
@@ -366,6 +366,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run_evaluation,
         module="jobs.evaluate",
         about=__doc__,
+        example="configs/embedded.yaml evaluation.dialogues=held_out.jsonl",
         sections={
             "model": ModelConfig,
             "evaluation": EvaluationConfig,
@@ -382,6 +383,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             DatasetError,
             DialogueError,
             DialogueFileError,
+            EngineError,
             EvaluationError,
             EventsError,
             FinishedError,

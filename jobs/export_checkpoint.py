@@ -80,6 +80,7 @@ if __name__ == "__main__":
             export,
             module="jobs.export_checkpoint",
             about=__doc__,
+            example="configs/embedded.yaml export.folder=runs/exported",
             sections=SECTIONS,
             user_errors=(CheckpointError, WeightsError),
         )

@@ -52,6 +52,8 @@ def read_features(path: Path) -> Tensor:
     """The tokens (F, N, D) of one video, memory-mapped. Raises FeaturesError."""
     try:
         tokens = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except OSError as error:
+        raise FeaturesError(f"{path}: {error.strerror or error}") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise FeaturesError(f"{path}: not a saved tensor ({str(error).splitlines()[0]})") from None
     if not isinstance(tokens, Tensor) or not tokens.is_floating_point() or tokens.ndim != 3 or not len(tokens):

@@ -96,4 +96,13 @@ SECTIONS: Mapping[str, type[Section]] = {
 
 if __name__ == "__main__":
     errors = (*USER_ERRORS, AnnotationError, EncodingError, VisionError)
-    sys.exit(run(finetune, module="jobs.finetune", about=__doc__, sections=SECTIONS, user_errors=errors))
+    sys.exit(
+        run(
+            finetune,
+            module="jobs.finetune",
+            about=__doc__,
+            example="configs/finetune.yaml 'annotations.paths=[FOLDER]'",
+            sections=SECTIONS,
+            user_errors=errors,
+        )
+    )

@@ -26,6 +26,7 @@ from actors.config import Section
 
 ROWS_PER_GROUP = 64  # what a random slice reads at least: 1.6 MB at 10 tokens of 1280
 SUFFIX = ".parquet"
+LONGEST_NAME = 255 - len(f".%2E{SUFFIX}")  # bytes of a file's name on the usual disks, without what is put around it
 OPEN_FILES = 256  # kept open at once, of 1,024 that a process may have
 
 
@@ -94,8 +95,15 @@ class FrameStore:
         return cls(path, info)
 
     def file(self, video_id: str) -> Path:
-        """Where the video is, once it is complete; until then the name has a dot before it."""
+        """Where the video is, once it is complete; until then the name has a dot before it. Raises StoreError."""
         name = quote(video_id, safe=" +,=@")
+        if len(name) > LONGEST_NAME:  # letters outside ASCII as they are, in a third of the bytes or less
+            name = "".join(one if one.isprintable() and not one.isascii() else quote(one, " +,=@") for one in video_id)
+        if (length := len(name.encode())) > LONGEST_NAME:
+            raise StoreError(
+                f"the video id {video_id!r} makes a file name of {length} bytes, at most {LONGEST_NAME} are possible: "
+                "rename the video"
+            )
         return self.path / "videos" / (("%2E" + name[1:] if name.startswith(".") else name) + SUFFIX)
 
     def video_ids(self) -> list[str]:

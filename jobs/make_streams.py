@@ -111,7 +111,9 @@ class StreamsConfig(Section):
         default={
             "dense": StreamSet(streams=1000, frames=(16, 28), gap=(2, 8), quiet=0.05),
             "long": StreamSet(streams=1600, frames=(30, 90)),
-        }
+        },
+        description="by name; each with streams, frames, and perhaps gap, stay, quiet, haunted, waiting, few, drawn, "
+        "blended, curious, narrated: see StreamSet in jobs/make_streams.py",
     )
 
 
@@ -318,4 +320,13 @@ SECTIONS: dict[str, type[Section]] = {"model": ModelConfig, "streams": StreamsCo
 ERRORS = (MissingPhotographsError, MissingDrawingsError)
 
 if __name__ == "__main__":
-    sys.exit(run(make, module="jobs.make_streams", about=__doc__, sections=SECTIONS, user_errors=ERRORS))
+    sys.exit(
+        run(
+            make,
+            module="jobs.make_streams",
+            about=__doc__,
+            example="configs/default_model.yaml",
+            sections=SECTIONS,
+            user_errors=ERRORS,
+        )
+    )

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from actors.config import Config, ConfigError, ModelConfig, Section, load_config
 from actors.encoder import EncoderConfig
-from actors.engine import EngineConfig
+from actors.engine import EngineConfig, EngineError
 from actors.messages import SessionSettings
 from actors.parts import CheckpointError
 from actors.session import SessionError
@@ -59,7 +59,7 @@ SECTIONS: dict[str, type[Section]] = {
     "engine": EngineConfig,
     "encoder": EncoderConfig,
 }
-USER_ERRORS = (ConfigError, CheckpointError, OSError, SessionError, VisionError, WeightsError)
+USER_ERRORS = (ConfigError, CheckpointError, EngineError, OSError, SessionError, VisionError, WeightsError)
 
 
 @dataclass(frozen=True)

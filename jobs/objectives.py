@@ -6,8 +6,8 @@ graded in its own form (jobs/per_frame.py). Every second validation dialogue cho
 P(silent), the one with the best fluency, at which it is graded on the others. Training dialogues in which nothing is
 said are left out: `interleaved` learns nothing from them. `objectives.folder` gets DATE-objectives.json, .md and .png.
 
-Needs dialogues and frame tokens, as jobs.train does; docs/training.md makes up small ones, with which all takes some
-45 minutes of one core.
+Needs dialogues and frame tokens, as jobs.train does; docs/training.md makes up small ones, with which all takes nearly
+two hours of one core.
 """
 
 from __future__ import annotations
@@ -180,6 +180,7 @@ if __name__ == "__main__":
             compare,
             module="jobs.objectives",
             about=__doc__,
+            example="configs/default_model.yaml data.folder=FOLDER store.folder=FOLDER",
             sections={
                 "model": ModelConfig,
                 "data": DataConfig,

@@ -40,13 +40,15 @@ def run(
     user_errors: tuple[type[Exception], ...] = (),
     argv: Sequence[str] | None = None,
     flags: Mapping[str, str] = MappingProxyType({}),
+    example: str = "configs/embedded.yaml",
 ) -> int:
     """Read the command line of `module`, call `job` with its settings, return the exit code.
 
     `about` is the module's docstring. `user_errors` (and ConfigError, missing files) end in their
-    message alone, wherever in the cluster they were raised. `flags` are short for overrides.
+    message alone, wherever in the cluster they were raised. `flags` are short for overrides; `example` is what the
+    job needs at least, for its help.
     """
-    arguments = parser(module, about, sections, flags).parse_intermixed_args(argv)
+    arguments = parser(module, about, sections, flags, example).parse_intermixed_args(argv)
     arguments.overrides += arguments.flags or []
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
     # A stopped `ray job` gets SIGTERM: end as with Ctrl-C, so that Ray's processes end too.
@@ -68,13 +70,17 @@ def run(
 
 
 def parser(
-    module: str, about: str | None, sections: Sections, flags: Mapping[str, str] = MappingProxyType({})
+    module: str,
+    about: str | None,
+    sections: Sections,
+    flags: Mapping[str, str] = MappingProxyType({}),
+    example: str = "configs/embedded.yaml",
 ) -> argparse.ArgumentParser:
     """The command line that all jobs share; its help ends with every setting and its default."""
     examples = [
-        f"python -m {module} configs/embedded.yaml",
-        f"python -m {module} configs/embedded.yaml {_an_override(sections)}",
-        f'ray job submit --working-dir . -- python -m {module} configs/embedded.yaml --root "$PWD"',
+        f"python -m {module} {example}",
+        f"python -m {module} {example} {_an_override(sections)}",
+        f'ray job submit --working-dir . -- python -m {module} {example} --root "$PWD"',
     ]
     parser = _Parser(
         prog=f"python -m {module}",
@@ -156,7 +162,7 @@ def _yaml(value: object) -> str:
 
 def _an_override(sections: Sections) -> str:
     for name, kind in sections.items():
-        for key, field in kind.model_fields.items():
+        for key, field in kind.model_fields.items() if name != "model" else ():
             if isinstance(field.default, int | float) and not isinstance(field.default, bool):
                 return f"{name}.{key}={field.default}"
     return "model.dtype=float32"

@@ -6,6 +6,9 @@ beside and renamed. A folder is complete when its last file is there.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 import pyarrow.fs
@@ -13,7 +16,8 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.arrow import ArrowFSWrapper
 from fsspec.implementations.local import LocalFileSystem
 
-from actors.cache import write_whole
+from actors.cache import try_lock, write_whole
+from actors.config import ConfigError
 from actors.remote import file_system, is_remote
 
 
@@ -70,6 +74,23 @@ class RunFolder:
             place = name if file == source else f"{name}/{file.relative_to(source).as_posix()}"
             self._make_parent(place)
             self.files.put_file(str(file), self._at(place))
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """The right to train there, for one program at a time. Raises ConfigError; object stores know no locks."""
+        if self.remote:
+            yield
+            return
+        Path(self.path).mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            if not try_lock(handle):
+                raise ConfigError(
+                    f"another program is training the run {self}: wait until it ends, or give another training.name"
+                )
+            yield
+        finally:
+            os.close(handle)
 
     def for_ray(self) -> tuple[str, pyarrow.fs.FileSystem | None]:
         """Path and file system as Ray Train takes them."""

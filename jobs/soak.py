@@ -229,11 +229,13 @@ def _descriptors(pid: int) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 1 when something grows, books are wrong, or the application does not run."""
     parser = argparse.ArgumentParser(prog="python -m jobs.soak", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--hours", type=float, default=4.0)
-    parser.add_argument("--sessions", type=int, default=8)
-    parser.add_argument("--replicas", type=int, default=2, help="of gateway, encoder and LLM each")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save", type=Path, help="write FILE.json and FILE.png")
+    parser.add_argument("--hours", type=float, default=4.0, help="to run for (default %(default)g)")
+    parser.add_argument("--sessions", type=int, default=8, help="at a time (default %(default)d)")
+    parser.add_argument(
+        "--replicas", type=int, default=2, help="of gateway, encoder and LLM each (default %(default)d)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of who comes and what is killed (default %(default)d)")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write FILE.json and FILE.png")
     parser.add_argument("--note", action="append", default=[], help="a line for the report")
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from actors.turns import Assistant, Stream, System, Turn
+from actors.turns import Assistant, Stream, System, Turn, User
 from jobs import chat, coin, lta, nlq, robustness
 from jobs.annotations import VideoAnnotation
 from jobs.augmentation import augment
@@ -21,6 +21,7 @@ from jobs.livechat import unfit
 from jobs.scenes import Scene, clip
 
 NARRATIONS = ("narration", "ego4d_narration", "ego4d_refined_narration")
+CHATS = ("chat", "generated_chat", "live_chat", "caption_chat")
 
 Scenes = Callable[[VideoAnnotation, Extent, random.Random], Iterator[Scene]]
 
@@ -30,10 +31,7 @@ def _drawless(scenes: Callable[[VideoAnnotation, Extent], Iterator[Scene]]) -> S
 
 
 SCENES: Mapping[str, Scenes] = {
-    "chat": chat.scenes,
-    "generated_chat": chat.scenes,
-    "live_chat": chat.scenes,
-    "caption_chat": chat.scenes,
+    **dict.fromkeys(CHATS, chat.scenes),
     "goalstep": _drawless(lambda _row, _video: iter(())),  # of which no step is in the video: nothing was written
     "nlq": nlq.scenes,
     "lta": _drawless(lta.scenes),
@@ -98,8 +96,14 @@ def _of_scenes(
             )
         )
     if not made.dialogues and not made.dropped:
-        made.dropped[f"no dialogue of this {row.kind} fits into the video"] += 1
+        form = " (one begins with the user, after 0 s)" if row.kind in CHATS else ""
+        made.dropped[f"no dialogue of this {row.kind}{form} fits into the video"] += 1
     made.used = len(row.moments) if made.dialogues else 0
+    if row.kind in CHATS and made.dialogues:
+        turns = [turn for dialogue in made.dialogues for turn in dialogue.conversation]
+        made.used = min(made.used, sum(isinstance(turn, Assistant | User) for turn in turns))
+        if lost := len(row.moments) - made.used:
+            made.dropped["no frame of their own in the dialogue"] += lost
     return made
 
 

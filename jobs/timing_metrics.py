@@ -131,14 +131,22 @@ def match(said_s: Sequence[float], labelled_s: Sequence[float], window: Window) 
     Both lists ascend. Pairs need not cross then, so aligning the lists finds the best there is.
     """
     Best = tuple[int, float]  # pairs, and minus the sum of their distances
-    table: list[list[Best]] = [[(0, 0.0)] * (len(labelled_s) + 1) for _ in range(len(said_s) + 1)]
-    for i, said in enumerate(said_s):
-        for j, label in enumerate(labelled_s):
-            best = max(table[i][j + 1], table[i + 1][j])
-            if window.holds(said, label):
-                pairs, closeness = table[i][j]
-                best = max(best, (pairs + 1, closeness - abs(said - label)))
-            table[i + 1][j + 1] = best
+    table: list[list[Best]] = [[(0, 0.0)] * (len(labelled_s) + 1)]
+    first = 0  # the first label that a response from here on may be paired with
+    for said in said_s:
+        while first < len(labelled_s) and labelled_s[first] + window.after_s < said:
+            first += 1
+        above = table[-1]
+        row = above.copy()  # rows ascend: without a pair a place has what stands above it, or to its left
+        for j in range(first, len(labelled_s)):
+            best = max(above[j + 1], row[j])
+            if window.holds(said, labelled_s[j]):
+                pairs, closeness = above[j]
+                best = max(best, (pairs + 1, closeness - abs(said - labelled_s[j])))
+            elif best == above[j + 1]:
+                break
+            row[j + 1] = best
+        table.append(row)
     found: list[tuple[int, int]] = []
     i, j = len(said_s), len(labelled_s)
     while i and j:

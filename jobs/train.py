@@ -50,7 +50,7 @@ from jobs.run_folder import RunFolder
 from jobs.training_config import TrainingConfig
 from jobs.training_log import METRICS_FILE, plot_log
 from jobs.training_run import check_held_out, keep_settings, load_data, load_validation, make_plan, portable, run_folder
-from jobs.training_worker import FAILURE_FILE, SCORE, STATE_FILE, work
+from jobs.training_worker import FAILURE_FILE, STATE_FILE, score_name, work
 from jobs.validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -69,6 +69,11 @@ def train(config: Config) -> str | None:
         print(dry_run(config))
         return None
     folder = run_folder(config)
+    with folder.alone():
+        return _train(config, settings, folder)
+
+
+def _train(config: Config, settings: TrainingConfig, folder: RunFolder) -> str:
     data = load_data(config)
     check_held_out(config, data)
     if settings.validate_every is not None:
@@ -89,7 +94,7 @@ def train(config: Config) -> str | None:
         raise TrainingError(f"the run in {folder} ended without a checkpoint: look at its {METRICS_FILE}")
     _publish(result.checkpoint, folder, "checkpoint")
     if settings.keep_best is not None:
-        best = result.get_best_checkpoint(SCORE, mode="max")
+        best = result.get_best_checkpoint(score_name(settings.keep_best), mode="max")
         _publish(best or result.checkpoint, folder, "best")
     plot_log(folder)
     logger.info("trained: serve it with model.checkpoint=%s", folder.name("checkpoint"))
@@ -141,7 +146,7 @@ def _trainer(config: Config, settings: TrainingConfig, folder: RunFolder) -> _Tr
             storage_filesystem=files,
             checkpoint_config=CheckpointConfig(
                 num_to_keep=settings.keep_checkpoints,
-                checkpoint_score_attribute=SCORE if settings.keep_best else None,
+                checkpoint_score_attribute=score_name(settings.keep_best) if settings.keep_best else None,
                 checkpoint_score_order="max",
             ),
             failure_config=FailureConfig(max_failures=settings.max_failures),

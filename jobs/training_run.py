@@ -63,11 +63,7 @@ def load_data(config: Config, template: Template | None = None) -> TrainingSet:
 
 def load_validation(config: Config, template: Template | None = None) -> TrainingSet:
     """The dialogues that are validated on. Raises DatasetError where there are none."""
-    data = _load(config, "validation", template)
-    if not len(data):
-        folder = config.section("data", DataConfig).folder
-        raise DatasetError(f"{folder} has no validation dialogues: raise data.validation_fraction")
-    return data
+    return _load(config, "validation", template)
 
 
 def check_held_out(config: Config, data: TrainingSet) -> None:
@@ -75,17 +71,19 @@ def check_held_out(config: Config, data: TrainingSet) -> None:
     folder = Path(config.section("data", DataConfig).folder)
     if not has_dialogues(folder / "validation"):
         return
-    held_out = {one.video_id for one in read_dialogues(folder / "validation") if one.num_frames}
-    if both := sorted(held_out & set(data.video_ids())):
+    held_out = {one.video_id: one.task for one in read_dialogues(folder / "validation") if one.num_frames}
+    if both := sorted(held_out.keys() & set(data.video_ids())):
+        task = next(one.task for one in data.dialogues if one.video_id == both[0])
         raise DatasetError(
-            f"{len(both)} videos are in training and validation, such as {both[0]!r}: "
-            f"make the splits in {folder} again with jobs.build_dialogues"
+            f"{len(both)} videos are in training and validation, such as {both[0]!r}, of which {task} is trained on, "
+            f"{held_out[both[0]]} validated: make the splits in {folder} again with jobs.build_dialogues, "
+            "from annotations that agree in them"
         )
     if config.model.checkpoint is None:
         return
     before = checkpoint.checkpoint_folder(config.model.checkpoint) / checkpoint.SETTINGS_FILE
     if before.is_file():
-        seen = held_out & set(checkpoint.read_settings(before.parent).trained_videos)
+        seen = held_out.keys() & set(checkpoint.read_settings(before.parent).trained_videos)
         if both := sorted(seen):
             raise DatasetError(
                 f"{len(both)} validation videos were trained on in model.checkpoint {config.model.checkpoint}, such as "
@@ -95,7 +93,13 @@ def check_held_out(config: Config, data: TrainingSet) -> None:
 
 def _load(config: Config, split: str, template: Template | None) -> TrainingSet:
     settings = config.section("training", TrainingConfig)
-    dialogues = read_dialogues(Path(config.section("data", DataConfig).folder) / split)
+    data = Path(config.section("data", DataConfig).folder)
+    dialogues = read_dialogues(data / split)
+    if not dialogues:
+        advice = "annotations, or lower" if split == "train" else "more annotations, or raise"
+        raise DatasetError(
+            f"{data} has no {split} dialogues: give jobs.build_dialogues {advice} data.validation_fraction"
+        )
     folder = config.section("store", StoreConfig).folder
     store = FrameStore.open(folder, expect_fingerprint=vision_fingerprint(config.model))
     llm = causal_lm_folder(config.model.llm)

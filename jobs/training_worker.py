@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -27,7 +28,6 @@ from jobs.training_run import load_data, load_validation, make_plan, run_folder
 from jobs.validation import Validation
 
 STATE_FILE = "learner.pt"  # beside a servable checkpoint: what only going on with the training needs
-SCORE = "score"  # what `training.keep_best` goes by: the more the better
 FAILURE_FILE = "failure.txt"  # why a run ended that would fail again in the same way
 
 
@@ -70,17 +70,25 @@ def work(parcel: dict) -> None:
                 if log is not None:
                     log.add_validation(learner.step, found)
             if settings.keep_best is not None:
-                metrics[SCORE] = score(metrics.get(settings.keep_best), settings.keep_best)
+                metrics[score_name(settings.keep_best)] = score(metrics.get(settings.keep_best), settings.keep_best)
             if ended or validating or learner.step % settings.checkpoint_every == 0:
                 if log is not None:
                     log.upload()
                 _report(metrics, learner, loaded if rank == 0 else None)
 
 
+def score_name(metric: Metric) -> str:
+    """Under which Ray finds a checkpoint's score, the more the better: those of different metrics are not compared."""
+    return f"score_{metric}"
+
+
 def score(value: float | None, metric: Metric) -> float:
-    """Of a checkpoint for its metric: one that was not validated is worse than any. To Ray it would be the best."""
-    if value is None:
-        return -math.inf
+    """Of a checkpoint for its metric: one without a value of it, or with NaN, is worse than any.
+
+    Always a number: Ray keeps scores as JSON, in which infinities become null, that a run which goes on stumbles over.
+    """
+    if value is None or not math.isfinite(value):
+        return -sys.float_info.max
     return value if metric in MORE_IS_BETTER else -value
 
 

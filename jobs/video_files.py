@@ -8,7 +8,7 @@ from pathlib import Path
 
 from actors.config import ConfigError
 from actors.remote import RemoteError, is_remote
-from jobs.annotations import VIDEO_SUFFIXES, video_id
+from jobs.annotations import VIDEO_SUFFIXES, video_id, without_query
 from jobs.dataset_files import FEATURES_SUFFIX
 from jobs.dialogue_files import PARQUET, has_dialogues, read_videos
 from jobs.dialogues import SPLITS
@@ -64,7 +64,8 @@ def _with_ids(paths: Iterator[Path] | list[Path], all_of_them: bool = False) -> 
 
 
 def _behind_url(url: str) -> Iterator[tuple[str, str]]:
-    if Path(url).suffix.lower() in SUFFIXES and not glob.has_magic(url):
+    file = without_query(url)
+    if Path(file).suffix.lower() in SUFFIXES and not glob.has_magic(file):
         yield video_id(url), url  # whether it is there is seen when it is read, as for a file
         return
     try:

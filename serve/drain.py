@@ -68,7 +68,12 @@ class Application:
 def main(arguments: list[str] | None = None) -> int:
     """Exit status 1 when there is nothing to drain, or clients are still connected at the end."""
     parser = argparse.ArgumentParser(prog="python -m serve.drain", description="Let all clients go before a redeploy.")
-    parser.add_argument("--notice", type=float, default=LEAST_NOTICE_S, help="seconds between the word and the close")
+    parser.add_argument(
+        "--notice",
+        type=float,
+        default=LEAST_NOTICE_S,
+        help="seconds between the word and the close (default and least: %(default)g)",
+    )
     parser.add_argument("--cancel", action="store_true", help="call off a drain that was announced")
     options = parser.parse_args(arguments)
     if options.notice < LEAST_NOTICE_S:

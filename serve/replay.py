@@ -35,7 +35,7 @@ from serve.server_events import (
 
 AHEAD = 16
 QUIET_S = 120.0
-ROUNDING = 1e-4  # of P(silent) in batches of other sizes (docs/engine.md)
+ROUNDING = 1e-4  # of P(silent) in batches of other sizes
 
 
 class ReplayError(RuntimeError):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 from pathlib import Path
 
 from golden_data import extent, learned_frames, samples, scene_text
@@ -10,8 +12,9 @@ from golden_files import read_json
 
 from actors.turns import Stream
 from jobs.annotations import Moment, VideoAnnotation
-from jobs.chat import read_chats, scenes
+from jobs.chat import FILE, read_chats, read_generated_chats, scenes
 from jobs.clock import Extent
+from jobs.ego4d import known_splits
 from jobs.scenes import Scene
 
 
@@ -53,3 +56,20 @@ def test_at_any_rate_streams_reach_the_frame_of_each_message() -> None:
         _, *later = (turn.num_frames for turn in reversed(scene.turns) if isinstance(turn, Stream))
         assert scene.frames[1] - 1 == Extent(10000, fps, 1000).at(61.3)
         assert all(count > 0 for count in later)
+
+
+def test_a_video_is_in_the_split_that_narrations_beside_the_chats_tell(ego4d: Path, tmp_path: Path) -> None:
+    told = known_splits(ego4d)
+    assert set(told.values()) == {"train", "validation"}
+    for row in read_chats(ego4d):
+        assert row.split == told.get(row.video_id)
+    for name in (FILE, "refined_narration_stream_train.json", "refined_narration_stream_val.json"):
+        shutil.copy(ego4d / name, tmp_path / name)
+    (chat, *_) = json.loads((tmp_path / FILE).read_text())
+    generated = tmp_path / "generated"
+    generated.mkdir()
+    held = next(uid for uid, split in known_splits(tmp_path).items() if split == "validation")
+    (generated / "one.json").write_text(json.dumps(chat | {"video_uid": held}))
+    assert [row.split for row in read_generated_chats(generated)] == ["validation"]
+    (generated / "one.json").write_text(json.dumps(chat | {"video_uid": "elsewhere"}))
+    assert [row.split for row in read_generated_chats(generated)] == [None]

@@ -106,3 +106,19 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, capsys: pytest.Captu
     (a / "predictions.jsonl").write_text("notes\n")
     assert main([str(a), str(a)]) == 1
     assert "is no evaluation of this version" in capsys.readouterr().err
+
+
+def test_an_evaluation_with_an_id_twice_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = write(tmp_path / "a", [timing(1), timing(2)]), write(tmp_path / "b", [timing(1), timing(2)])
+    predictions = second / "predictions.jsonl"
+    predictions.write_text(predictions.read_text().replace('"d1"', '"d0"'))
+    assert main([str(first), str(second)]) == 1
+    assert "graded 1 dialogue ids twice or more, such as 'd0'" in capsys.readouterr().err
+
+
+def test_a_text_may_hold_any_line_separator(tmp_path: Path) -> None:
+    first = write(tmp_path / "a", [timing(1)])
+    predictions = first / "predictions.jsonl"
+    row = json.loads(predictions.read_text().split("\n")[0]) | {"labels": [{"time": 0, "text": "a\u2028b\x85c"}]}
+    predictions.write_text(json.dumps(row, ensure_ascii=False) + "\n")
+    assert main([str(first), str(first)]) == 0

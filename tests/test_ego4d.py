@@ -118,3 +118,13 @@ def test_a_missing_benchmark_file_is_named_with_how_to_get_it(ego4d: Path, tmp_p
 
 def said(turns: tuple) -> list[str]:
     return [turn.content for turn in turns if isinstance(turn, Assistant)]
+
+
+def test_a_pass_whose_texts_are_out_of_order_is_sorted(ego4d: Path, tmp_path: Path) -> None:
+    for name in ("train", "val"):
+        file = f"refined_narration_stream_{name}.json"
+        content = json.loads((ego4d / file).read_text())
+        backwards = {uid: {part: texts[::-1] for part, texts in passes.items()} for uid, passes in content.items()}
+        (tmp_path / file).write_text(json.dumps(backwards))
+    for row in read_refined_narrations(tmp_path):
+        assert list(row.moments) == sorted(row.moments, key=lambda moment: moment.time)

@@ -109,3 +109,8 @@ def test_encode_frames_takes_features_over_and_reports_those_it_cannot(
     with pytest.raises(EncodingError, match=r"1 of 2 videos could not be encoded .*\n  bad: "):
         encode(config)
     assert FrameStore.open(tmp_path / "store").video_ids() == ["good"]
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FeaturesError, match=r"gone.pt: No such file"):
+        read_features(tmp_path / "gone.pt")

@@ -168,3 +168,20 @@ def test_a_folder_that_is_no_store_is_named(tmp_path: Path) -> None:
     (tmp_path / "store.json").write_text('{"version": 2}')
     with pytest.raises(StoreError, match="does not describe a frame-token store of version 1"):
         FrameStore.open(tmp_path)
+
+
+@pytest.mark.parametrize("video_id", ["ж" * 120, "見" * 80, "a/б%" * 25])
+def test_a_long_name_in_any_script_is_stored(tmp_path: Path, video_id: str) -> None:
+    store = FrameStore.create(tmp_path / "s", INFO)
+    write(store, video_id, 1)
+    assert video_id in store
+    assert store.video_ids() == [video_id]
+    assert store.num_frames(video_id) == 1
+
+
+def test_a_name_too_long_for_any_file_is_refused(tmp_path: Path) -> None:
+    store = FrameStore.create(tmp_path / "s", INFO)
+    with pytest.raises(
+        StoreError, match=r"makes a file name of 300 bytes, at most 2\d\d are possible: rename the video"
+    ):
+        write(store, "x" * 300, 1)

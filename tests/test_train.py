@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 import os
 import signal
 import subprocess
@@ -13,6 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from ray.train import Checkpoint
+from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
+from ray.train.v2._internal.execution.storage import StorageContext
+from ray.train.v2._internal.execution.training_report import _TrainingReport
+from ray.train.v2.api.config import CheckpointConfig
 from training_data import narrated, untrained_config, write_store
 
 from actors import checkpoint
@@ -30,7 +37,7 @@ from jobs.train import train
 from jobs.training_config import TrainingConfig
 from jobs.training_log import METRICS_FILE, read_log
 from jobs.training_run import check_held_out, keep_settings, load_data, make_plan, portable, run_folder
-from jobs.training_worker import FAILURE_FILE, start
+from jobs.training_worker import FAILURE_FILE, score, score_name, start
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context", "ignore::ResourceWarning")
 
@@ -311,3 +318,45 @@ def test_local_paths_become_absolute_for_workers(
     assert sections["training"]["folder"] == str(tmp_path / "runs")
     assert sections["model"]["checkpoint"] == str(tmp_path / "here")
     assert config.sections["model"]["checkpoint"] == "here"
+
+
+def test_one_program_at_a_time_trains_a_run(prepared) -> None:
+    config = prepared()
+    with run_folder(config).alone(), pytest.raises(ConfigError, match="another program is training the run"):
+        train(config)
+
+
+def test_a_split_without_dialogues_is_refused(prepared, tmp_path: Path) -> None:
+    (tmp_path / "dialogues" / "validation.jsonl").write_text("")
+    with pytest.raises(DatasetError, match=r"has no validation dialogues: .* raise data.validation_fraction"):
+        train(prepared(validate_every=1))
+    (tmp_path / "dialogues" / "train.jsonl").write_text("")
+    with pytest.raises(DatasetError, match=r"has no train dialogues: .* lower data.validation_fraction"):
+        train(prepared())
+
+
+@pytest.mark.parametrize("value", [None, math.nan, math.inf])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scores_of_checkpoints_survive_a_run_that_is_started_again(tmp_path: Path, value: float | None) -> None:
+    """Ray keeps them as JSON, and compares with them when the run goes on."""
+    kept = CheckpointConfig(num_to_keep=2, checkpoint_score_attribute=score_name("loss"), checkpoint_score_order="max")
+
+    def manager() -> tuple[StorageContext, CheckpointManager]:
+        storage = StorageContext(storage_path=str(tmp_path), experiment_dir_name="steps")
+        return storage, CheckpointManager(storage_context=storage, checkpoint_config=kept)
+
+    async def report(name: str, found: float | None) -> CheckpointManager:
+        storage, one = manager()
+        folder = tmp_path / "steps" / name
+        folder.mkdir(parents=True)
+        saved = Checkpoint(str(folder), filesystem=storage.storage_filesystem)
+        metrics = {score_name("loss"): score(found, "loss")}
+        one.register_checkpoint(_TrainingReport(checkpoint=saved, metrics=metrics, validation=False))
+        return one
+
+    async def losses() -> None:
+        for number, found in enumerate((1.5, value, 1.4, value, 1.6)):
+            last = await report(f"checkpoint_{number}", found)
+        assert last.best_checkpoint_result.metrics == {score_name("loss"): -1.4}
+
+    asyncio.run(losses())

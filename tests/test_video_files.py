@@ -13,7 +13,7 @@ import pytest
 
 from actors.config import ConfigError
 from actors.remote import RemoteError
-from jobs.dialogue_files import to_line
+from jobs.dialogue_files import DialogueFileError, to_line
 from jobs.dialogues import Dialogue
 from jobs.remote_files import local_copy
 from jobs.video_files import find_videos
@@ -118,3 +118,30 @@ def test_videos_come_from_any_file_system_of_fsspec(tmp_path: Path) -> None:
 def test_a_url_with_nothing_behind_it_is_an_error_that_names_it(url: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"store.videos: {url}"):
         find_videos([url], tmp_path)
+
+
+def test_a_signed_url_is_a_video_by_its_path(tmp_path: Path) -> None:
+    signed = "https://bucket.example/deep/one.mp4?X-Amz-Signature=a%2Fb&x=[1]*"
+    (tmp_path / "list.txt").write_text(f"{signed}\n")
+    for source in (signed, str(tmp_path / "list.txt")):
+        assert find_videos([source], tmp_path) == {"one": signed}
+
+
+def test_dialogues_of_two_videos_with_one_id_are_refused(tmp_path: Path) -> None:
+    lines = [
+        to_line(
+            Dialogue(
+                dialogue_id=f"d-{at}",
+                task="t",
+                video_id="1",
+                video=f"{at}/1.mp4",
+                fps=2,
+                frames=(0, 0),
+                conversation=(),
+            )
+        )
+        for at in ("A", "B")
+    ]
+    (tmp_path / "train.jsonl").write_text("".join(lines))
+    with pytest.raises(DialogueFileError, match=r"two videos have the id '1', A/1.mp4 and B/1.mp4: rename one"):
+        find_videos([], tmp_path)

@@ -1,5 +1,5 @@
 # syntax=docker/dockerfile:1
-# Everything for CPUs: head, gateways, embedded models, tests. From the repository's root:
+# Everything for CPUs: head, gateways, embedded models. From the repository's root:
 #   docker build -f configs/docker/cpu.Dockerfile -t videollm-online:cpu .
 # On Linux pip's own index has torch for CUDA, which works but is large: --build-arg TORCH_INDEX=URL names PyTorch's
 # index of CPU builds.
