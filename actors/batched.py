@@ -40,6 +40,7 @@ class BatchedEngine:
         self.sessions: dict[str, Session] = {}
         self.scheduler = Scheduler(config.token_budget, config.speculate)
         _refuse_sliding_windows(llm.config, self.limits.capacity)
+        _refuse_changing_angles(llm.config, self.limits.capacity)
         llm.set_attn_implementation(ATTENTION)
         self._lean = LeanDecoder.of(llm)  # before what is free is counted: it lays weights out anew
         self.memory = KVMemory(llm.config, self._affordable_positions(), llm.dtype, model.device)
@@ -172,6 +173,17 @@ class BatchedEngine:
                 "raise it or lower engine.max_positions"
             )
         return positions
+
+
+def _refuse_changing_angles(config: object, capacity: int) -> None:
+    """longrope turns all rows of a batch by the length of the longest: sessions would change each other."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings")
+    if rope.get("rope_type") == "longrope" and original is not None and capacity > original:
+        raise EngineError(
+            f"the LLM's positions (rope type longrope) depend on the longest context beyond {original}, "
+            f"contexts may have {capacity}: set engine.max_positions to {original}, or engine.backend to reference"
+        )
 
 
 def _refuse_sliding_windows(config: object, capacity: int) -> None:

@@ -126,7 +126,6 @@ class Context:
         """The newest groups that fit in `keep` positions behind the prompt to come, pinned query and memory."""
         lines = [line for line in self.memory.split("\n") if line]
         pinned = self.pinned if len(self.template.plain.encode(self.pinned)) <= keep // 4 else ""
-        pinned_at = next((i for i, g in enumerate(self.groups) if any(t.query == pinned for t in g.turns)), -1)
         base = self.base_cost(system_prompt, pinned, memory_tokens)
         first = len(self.groups)
         while first > 1 and self.length - self.groups[first - 1].start + base <= keep:
@@ -136,15 +135,17 @@ class Context:
         kept = [group for group in self.groups[first:] if group.frame]
         last = next((group.frame.seq for group in reversed(self.groups) if group.frame), -1)
         first_seq = kept[0].frame.seq if kept and kept[0].frame else last + 1
-        return Eviction(first_seq, pinned if pinned_at < first else "", self._remember(lines, memory_tokens))
+        # Who takes the session over pins the first question of the log that is left to it.
+        asked = [turn.query for group in self.groups[first:] for turn in group.turns if turn.query is not None]
+        return Eviction(first_seq, "" if asked[:1] == [pinned] else pinned, self._remember(lines, memory_tokens))
 
     def rebuild(self, eviction: Eviction, system_prompt: str) -> None:
         """Start over with what `eviction` keeps. Everything is to be prefilled again."""
         groups = [group for group in self.groups if group.frame and group.frame.seq >= eviction.first_seq]
         self._begin(system_prompt)
         self.memory = eviction.memory
-        if eviction.pinned:
-            self.pinned = eviction.pinned
+        asked = (turn.query for group in groups for turn in group.turns if turn.query)
+        self.pinned = eviction.pinned or next(asked, "")
         self._write_base(self._writer, self.ids, eviction.pinned, eviction.memory)
         for group in groups:
             if group.frame is not None:

@@ -64,6 +64,12 @@ class EngineConfig(Section):
                 f"engine.max_positions is {capacity}, the LLM is made for {made_for} and its positions (rope type "
                 f"{rope}) do not go on beyond: set at most {made_for}"
             )
+        trigger = min(self.window_trigger or capacity, capacity)
+        if self.window_keep is not None and self.window_keep >= trigger:
+            raise EngineError(
+                f"engine.window_keep is {self.window_keep}, expected less than window_trigger or max_positions "
+                f"({trigger})"
+            )
         return Limits(capacity, self.window_trigger, self.window_keep, self.memory_tokens)
 
     @model_validator(mode="after")

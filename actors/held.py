@@ -61,6 +61,7 @@ class Told:
     responses: int = 0
     spoken: int = 0
     recent: tuple[str, ...] = ()
+    settled: int = 0  # changes of settings that were applied or refused
     asked: bool = False  # the open one, or the last
 
     def after(self, entry: LogEntry) -> Told:
@@ -75,6 +76,8 @@ class Told:
                 return replace(self, responses=number + 1, asked=entry.query_id is not None)
             case ResponseTokens():
                 return replace(self, spoken=self.spoken + len(entry.ids))
+            case SettingsApplied() | InputRefused(query_id=None):
+                return replace(self, settled=self.settled + 1)
             case ResponseEnded() if not self.asked:
                 return replace(self, recent=(*self.recent, entry.text)[-REMEMBERED_RESPONSES:])
         return self
@@ -148,6 +151,7 @@ class Held:
             spoken=told.spoken,
             next_seq=told.next_seq,
             clock=told.clock,
+            settled=self.told.settled - told.settled,
             settings=self.session.settings,
         )
 
@@ -201,6 +205,10 @@ def rebuild(
             session.recent, session.responses, session.spoken = told.recent, told.responses, told.spoken
             session.next_seq, session.clock = told.next_seq, told.clock
             held.consumed = list(window.consumed)
+            for number in range(window.settled):  # nobody delivers these again: others are not to go in their place
+                change = SettingsChange(after_seq=-1, settings=window.settings)
+                held.note_input(f"0-{number}", change)
+                session.add(change)
             for entry_id, query in window.ahead:
                 held.note_input(entry_id, query)
                 session.add(query)

@@ -7,11 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
+MOST_SEGMENTS = 1000  # before the picture itself: Pillow reads them one by one, in Python
+PngImagePlugin.MAX_TEXT_MEMORY = 1 << 20  # text that is inflated while a header is looked at; nobody reads it here
 MAX_PIXELS = 4096 * 4096
 WEBP_HEADER = 30
+PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
+START_OF_SCAN = 0xDA
+ALONE = (0x00, 0x01, *range(0xD0, 0xD9))  # markers of a JPEG without a length behind them
 
 _OTHER_STARTS = {
     b"GIF8": "a GIF",
@@ -46,6 +51,7 @@ def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
     """A picture whose header has been checked; what fails with it in the block is a ValueError, too."""
     try:
         _check_webp(data, max_pixels)
+        _check_segments(data)
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check(image, max_pixels)
             yield image
@@ -68,6 +74,31 @@ def _check(image: Image.Image, max_pixels: int) -> None:
     pictures = getattr(image, "n_frames", 1)
     if pictures > 1:
         raise _Refused(f"not an image: found {image.format} animation of {pictures} pictures, expected one picture")
+
+
+def _check_segments(data: bytes) -> None:
+    """A few megabytes of empty segments would take Pillow seconds."""
+    for count, _ in enumerate(_segments(data)):
+        if count == MOST_SEGMENTS:
+            raise _Refused(f"not taken: more than {MOST_SEGMENTS} segments before the picture itself")
+
+
+def _segments(data: bytes) -> Iterator[int]:
+    """Where the parts of a JPEG or PNG begin that stand before its picture, as far as they can be followed."""
+    if data.startswith(PNG):
+        at = len(PNG)
+        while at + 8 <= len(data) and data[at + 4 : at + 8] != b"IDAT":
+            yield at
+            at += 12 + int.from_bytes(data[at : at + 4], "big")
+    elif data.startswith(JPEG):
+        at = len(JPEG)
+        while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != START_OF_SCAN:
+            yield at
+            marker = data[at + 1]
+            if marker == 0xFF:  # fill
+                at += 1
+            else:
+                at += 2 if marker in ALONE else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
 
 
 def _check_webp(data: bytes, max_pixels: int) -> None:

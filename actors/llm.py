@@ -216,6 +216,10 @@ class LLMWorker:
         if self.held.get(lease.session_id) is not held:
             await self.stepper.call(partial(self._close, held))
             return
+        if held.session.ended:  # who held it died between its last entry and its end
+            await self._guarded(self.bus.end_session(lease))
+            await self._drop(held)
+            return
         self._claims += 1
         logger.info("session=%s epoch=%d entries=%d taken over", lease.session_id, lease.epoch, len(log))
 

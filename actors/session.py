@@ -42,6 +42,8 @@ from actors.messages import (
 
 REMEMBERED_RESPONSES = 3
 NEARLY_EQUAL = 0.9
+SHORT_TEXT = 512  # letters, up to which they are compared one by one
+MOST_KEPT = 0.75  # of its trigger that a client's window may keep
 IDLE_PREFILL = 64
 OPENING = 16
 UTF8_BYTES = 4
@@ -79,6 +81,11 @@ class Limits:
             )
         if not 0 < keep < trigger:
             raise SessionError(f"window_keep is {keep}, expected less than window_trigger ({trigger})")
+        if settings.window_keep and keep > MOST_KEPT * trigger:
+            raise SessionError(
+                f"window_keep is {keep}, more than {MOST_KEPT:g} of window_trigger ({trigger}): the context would be "
+                "rebuilt every few frames; lower it"
+            )
         return trigger, keep
 
 
@@ -165,7 +172,8 @@ class Session:
     def add(self, message: Query | Interrupt | SettingsChange | End) -> None:
         match message:
             case Interrupt():
-                self._cut = self.response is not None
+                open_id = self.response and self.response.response_id
+                self._cut = self._cut or (open_id is not None and message.response_id in (None, open_id))
             case End():
                 self._end = message
             case SettingsChange():
@@ -324,7 +332,7 @@ class Session:
             case Evicted():
                 self.context.rebuild(Eviction(entry.first_seq, entry.pinned, entry.memory), self._prompt())
                 # Not from what is here: a takeover folds no more than the window.
-                before = entry.forgotten or self.forgotten  # a replica of an older version does not say
+                before = self.forgotten if entry.forgotten is None else entry.forgotten  # older versions do not say
                 self.forgotten = before + entry.positions_before - self.context.length
                 self.next_seq = max(self.next_seq, entry.first_seq)
                 self.fed = 0
@@ -524,6 +532,8 @@ class Session:
 
 
 def nearly_equal(text: str, other: str) -> bool:
-    """Whether two responses say the same but for case, punctuation and a few characters."""
+    """Whether two responses say the same but for case, punctuation and a few characters, or words of long ones."""
     plain = ["".join(c for c in t.casefold() if c.isalnum() or c.isspace()) for t in (text, other)]
+    if max(map(len, plain)) > SHORT_TEXT:  # by letters it would take seconds
+        return difflib.SequenceMatcher(None, plain[0].split(), plain[1].split(), autojunk=False).ratio() >= NEARLY_EQUAL
     return difflib.SequenceMatcher(None, plain[0], plain[1], autojunk=False).ratio() >= NEARLY_EQUAL

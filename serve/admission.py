@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 
 from actors.bus import BusError
 from serve.conversation import Conversation
@@ -25,21 +26,40 @@ class NoCapacity(Exception):
     """No LLM replica took the session in time."""
 
 
-async def admitted(conversation: Conversation, gateway: Gateway) -> None:
-    """Return once an LLM replica holds the session, or it has ended.
+async def owned(conversation: Conversation, gateway: Gateway, waits: Callable[[bool], None] = lambda _: None) -> None:
+    """See to it that an LLM replica holds the session until it ends. `waits` is told whenever none does, and no more.
 
-    Raises NoCapacity when none did within `admission_timeout_s` after the last moment at which a replica was
-    still to come, or within `start_timeout_s` in all.
+    Raises NoCapacity as `admitted` does, and when a replica that held it is gone and for `start_timeout_s`, which
+    another takes to start at most, none was there in its place.
     """
     config = gateway.config
+    waits(config.max_llms is not None)
+    await admitted(conversation, gateway)
+    waits(False)
+    while not conversation.ended:
+        await asyncio.sleep(config.admission_timeout_s)
+        if not await conversation.placed():
+            waits(True)
+            await admitted(conversation, gateway, config.start_timeout_s)
+            waits(False)
+
+
+async def admitted(conversation: Conversation, gateway: Gateway, within_s: float | None = None) -> None:
+    """Return once an LLM replica holds the session, or it has ended.
+
+    Raises NoCapacity when none did within `within_s` (None: `admission_timeout_s`) after the last moment at which a
+    replica was still to come, or within `start_timeout_s` in all.
+    """
+    config = gateway.config
+    within_s = config.admission_timeout_s if within_s is None else within_s
     opened = looked = time.monotonic()
-    refused_at = opened + config.admission_timeout_s
+    refused_at = opened + within_s
     while not await conversation.placed():
         now = time.monotonic()
         if now >= min(looked + LOOK_S, refused_at):
             looked = now
             if await _more_to_come(gateway):
-                refused_at = max(refused_at, min(now + config.admission_timeout_s, opened + config.start_timeout_s))
+                refused_at = max(refused_at, min(now + within_s, opened + config.start_timeout_s))
         if now >= refused_at:
             raise NoCapacity(
                 f"no model replica took the session within {now - opened:.3g} s: all are full or down, try later"

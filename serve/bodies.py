@@ -16,6 +16,8 @@ from serve.keys import ApiKeys, Refused
 from serve.limits import LimitsConfig
 
 UPLOAD = "multipart/form-data"
+INLINE = "/v1/chat/completions"
+SMALL = 1 << 20  # bytes of the JSON of any other request
 STRANGERS = ""
 BODILESS = ("GET", "HEAD", "OPTIONS")
 
@@ -92,7 +94,8 @@ class Body:
         announced = headers.get("content-length", "0")
         upload = headers.get("content-type", "").startswith(UPLOAD)
         self.announced = int(announced) if is_number(announced) else 0
-        self.most = limits.upload_bytes if upload else limits.body_bytes
+        inline = scope["path"].endswith(INLINE)  # pictures and videos may be within the JSON there, nowhere else
+        self.most = limits.upload_bytes if upload else limits.body_bytes if inline else min(SMALL, limits.body_bytes)
         self._receive = receive
         self._limits = limits
         self._seen = 0

@@ -24,7 +24,7 @@ from actors.tasks import end_all
 from serve.access import Client, TheGateway
 from serve.chat_answer import Answer, ChatCompletion
 from serve.chat_request import Asked, ChatRequest, Url, understood
-from serve.client_events import ClientError
+from serve.client_events import MOST_PROBLEMS, ClientError
 from serve.errors import ApiError, described
 from serve.fetch import data_url, download
 from serve.gateway import Gateway
@@ -172,6 +172,11 @@ def _validated(data: bytes, where: str) -> ChatRequest:
     try:
         return ChatRequest.model_validate_json(data)
     except ValidationError as error:
+        if error.error_count() > MOST_PROBLEMS:
+            text = (
+                f"{error.error_count()} fields or items of this request are wrong: /openapi.json tells what it may have"
+            )
+            raise ClientError("bad_value", text, where) from None
         problems = error.errors(include_url=False)
         raise RequestValidationError([{**problem, "loc": (where, *problem["loc"])} for problem in problems]) from None
 

@@ -17,6 +17,7 @@ from serve.client_events import MOST_TOKENS, ClientError, SessionPatch, VideoTim
 from serve.recorded import Moment, Question
 
 MOST_IMAGES = 64
+MOST_PARTS = 256  # of one message: pictures, and questions about them
 NEUTRAL: dict[str, tuple[JsonValue, ...]] = {
     "n": (1,),
     "presence_penalty": (0,),
@@ -76,7 +77,7 @@ class Message(Given):
     """What the user says and shows, or how the assistant should behave."""
 
     role: Literal["system", "developer", "user"]
-    content: str | list[Part] = Field(min_length=1)
+    content: Annotated[str, Field(min_length=1)] | Annotated[list[Part], Field(min_length=1, max_length=MOST_PARTS)]
     name: str | None = None
 
 

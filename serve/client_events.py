@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 MOST_TOKENS = 4096
+MOST_PROBLEMS = 100  # in one message, beyond which no list of them is made: it takes a kilobyte each
 BINARY_VERSION = 1
 BINARY_HEADER = struct.Struct(">Bd")  # version, video time in seconds
 
@@ -79,7 +80,7 @@ class SessionPatch(Part):
     output_modalities: list[Literal["text"]] | None = Field(default=None, min_length=1, max_length=1)
     instructions: str | None = Field(default=None, max_length=8192)
     max_output_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | Literal["inf"] | None = None
-    include: list[Literal["frame_decided"]] | None = None
+    include: list[Literal["frame_decided"]] | None = Field(default=None, max_length=8)
     video: VideoPatch | None = None
 
     @property
@@ -248,6 +249,9 @@ def _event_id(text: str) -> str | None:
 
 
 def _client_error(error: ValidationError, event_id: str | None) -> ClientError:
+    if error.error_count() > MOST_PROBLEMS:
+        text = f"{error.error_count()} fields or items are wrong: /v1/realtime/schema tells what a message may have"
+        return ClientError("bad_value", text, None, event_id)
     problem = error.errors(include_url=False)[0]
     kind = problem["type"]
     where = ".".join(str(part) for part in problem["loc"] if str(part) not in CLIENT_TYPES)

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from actors.messages import (
 from actors.messages import SessionEnded as SessionEndedEntry
 from serve.client_events import ClientError, DropPolicy, SessionPatch
 from serve.counts import Counts, NotedCounts, Outcome
-from serve.frame_buffer import FrameBuffer
+from serve.frame_buffer import FrameBuffer, check_frame_time
 from serve.keys import LOCAL
 from serve.limits import TokenBucket
 from serve.metrics import GatewayMeters
@@ -58,6 +58,19 @@ def suppress_gone() -> Iterator[None]:
     except BusError as error:
         if error.code not in GONE:
             raise
+
+
+async def open_response(bus: Bus, session_id: str, first: int, behind: int) -> tuple[int, ResponseStarted] | None:
+    """Which response is open behind log entries [first, behind), and the position where it began."""
+    while behind > first:
+        low = max(first, behind - PAGE)
+        for position, entry in reversed(await bus.entries(session_id, low, behind - low)):
+            if isinstance(entry, ResponseStarted):
+                return position, entry
+            if isinstance(entry, ResponseEnded | FramesDecided):
+                return None
+        behind = low
+    return None
 
 
 class Conversation:
@@ -115,6 +128,7 @@ class Conversation:
         self._speaking: str | None = None  # the response that is open as far as the log was read
         self._in_force: SessionSettings | None = None
         self._changes = 0  # of settings, on which the model has not decided
+        self._answered = -1  # the log position of its last decision on one
         self._record = record
 
     @property
@@ -130,6 +144,11 @@ class Conversation:
     def statistics(self) -> Statistics:
         through = self._frames.through if self._frames.through >= 0 else None
         return self.counts.statistics(len(self._frames), through)
+
+    @property
+    def most_inputs(self) -> int:
+        """Questions that may wait for the model, and changes of settings."""
+        return self._bus.config.max_pending_inputs
 
     @property
     def _recorder(self) -> Recorder | None:
@@ -179,9 +198,11 @@ class Conversation:
             known = Preferences.model_validate_json(meta.preferences)
             self.settings, self.include, self.opened_at = known.settings, frozenset(known.include), known.opened
             self._frames.policy = known.drop_policy
-            self._in_force = known.in_force
+            self._in_force, self._answered, noted_changes = known.in_force, known.answered, known.changes
+        else:
+            noted_changes = None
         self._in_force = self._in_force or self.settings
-        self._changes = int(self.settings != self._in_force)
+        self._changes = int(self.settings != self._in_force) if noted_changes is None else noted_changes
         noted = NotedCounts.model_validate_json(meta.counts or "{}")
         self._frames.continue_after(max(meta.time, noted.through))
         self.counts.admitted = meta.admitted
@@ -198,6 +219,9 @@ class Conversation:
         """
         before, settings = self.settings, patched(self.settings, patch)
         changed = settings != before
+        if changed and self.opened and self._changes >= self.most_inputs:  # none is applied while a response is spoken
+            text = f"{self._changes} changes of settings wait already, no more are taken: wait for session.updated"
+            raise ClientError("too_many_inputs", text)
         self.settings = settings  # before it is sent: the model's answer may overtake that of Redis
         if changed and self.opened:
             self._changes += 1
@@ -205,6 +229,8 @@ class Conversation:
                 await self._say(SettingsChange(after_seq=self.counts.admitted - 1, settings=settings))
             except Exception:
                 self.settings, self._changes = before, self._changes - 1
+                if not self._changes and self._in_force is not None:  # what was there before may be refused by now
+                    self.settings = self._in_force
                 raise
         if patch.include is not None:
             self.include = frozenset(patch.include)
@@ -215,21 +241,29 @@ class Conversation:
         return changed and self.opened
 
     def offer(self, video_time: float | None, image: bytes) -> None:
-        """Take a frame; it is admitted when there is a credit. Raises ClientError for a bad time or a full buffer.
-
-        Without a time it comes one frame after the last.
-        """
-        if self._finishing:
-            raise ClientError("ended", "a frame after input_video_buffer.end, which was the last message for frames")
-        if video_time is None:
-            last = self._frames.last_time
-            video_time = last + 1 / self.settings.fps if last >= 0 else 0.0
-        self._frames.check(video_time)
-        if len(image) > self._bus.config.max_frame_bytes:
-            limit = self._bus.config.max_frame_bytes
-            raise ClientError("too_big", f"picture of {len(image)} bytes, at most {limit} are allowed")
+        """Take a frame, which is admitted when there is a credit. Raises as `times_of`, and for a full buffer."""
+        (taken,) = self.times_of([(video_time, image)])
         self._count("received")
-        self._frames.add(video_time, image)
+        self._frames.add(taken, image)
+
+    def times_of(self, frames: Sequence[tuple[float | None, bytes]]) -> list[float]:
+        """The times that frames would have if they were offered now, those without one a frame after the one before.
+
+        Raises ClientError for a bad time or a picture that is too large, and behind the end of input.
+        """
+        if self._finishing and frames:
+            raise ClientError("ended", "a frame after input_video_buffer.end, which was the last message for frames")
+        last, times = self._frames.last_time, list[float]()
+        for video_time, image in frames:
+            if video_time is None:
+                video_time = last + 1 / self.settings.fps if last >= 0 else 0.0
+            check_frame_time(video_time, last)
+            if len(image) > self._bus.config.max_frame_bytes:
+                limit = self._bus.config.max_frame_bytes
+                raise ClientError("too_big", f"picture of {len(image)} bytes, at most {limit} are allowed")
+            last = video_time
+            times.append(video_time)
+        return times
 
     def refuse(self, reason: str) -> None:
         """Count a frame that is dropped for `reason` before anybody looked at it."""
@@ -249,9 +283,9 @@ class Conversation:
             await self.ask(text or otherwise, None)
         self._asked = False
 
-    async def interrupt(self) -> None:
-        """Stop the response that is being spoken."""
-        await self._say(self._interrupt())
+    async def interrupt(self, response_id: str | None = None) -> None:
+        """Stop that response, or the one that is being spoken."""
+        await self._say(self._interrupt(response_id or self._speaking))
 
     def finish(self) -> None:
         """No more frames: `feed` sends the end once those that wait are admitted."""
@@ -264,8 +298,9 @@ class Conversation:
         if not self.opened or self.ended or self.taken.is_set() or await self._bus.abandon(self.id, reason):
             return
         with suppress_gone():
-            await self._bus.send(self.id, self._interrupt(), self._connection)
             await self._bus.send(self.id, End(after_seq=self.counts.admitted - 1), self._connection)
+            for response_id in {None, self._speaking}:  # whatever is spoken by now, or by who takes the session over
+                await self._bus.send(self.id, self._interrupt(response_id), self._connection)
 
     async def note_counts(self) -> None:
         """Keep the counts for the gateway where the client may come back, before it is told them."""
@@ -372,31 +407,24 @@ class Conversation:
         While more changes are under way it is left to the answer to the last of them.
         """
         refused = isinstance(entry, InputRefused) and entry.query_id is None
-        if position <= self._after or not (refused or isinstance(entry, SettingsApplied)):
+        if position <= self._answered or not (refused or isinstance(entry, SettingsApplied)):
             return
+        self._answered = position
         self._changes = max(0, self._changes - 1)
         if isinstance(entry, SettingsApplied):
             self._in_force = entry.settings
-            if entry.settings == self.settings:
-                self._changes = 0
         if not self._changes and self._in_force is not None:
             self.settings = self._in_force
         await self._note_preferences()
 
     async def _response_start(self) -> int:
         """Where the response began that is open at `after`; the position behind `after` when none is."""
-        low = self._after + 1
-        while low > self._first:
-            high, low = low, max(self._first, low - PAGE)
-            for position, entry in reversed(await self._bus.entries(self.id, low, high - low)):
-                if isinstance(entry, ResponseStarted):
-                    return position
-                if isinstance(entry, ResponseEnded | FramesDecided):
-                    return self._after + 1
-        return self._after + 1
+        behind = self._after + 1
+        started = await open_response(self._bus, self.id, self._first, behind)
+        return behind if started is None else started[0]
 
-    def _interrupt(self) -> Interrupt:
-        return Interrupt(after_seq=self.counts.admitted - 1, response_id=self._speaking)
+    def _interrupt(self, response_id: str | None) -> Interrupt:
+        return Interrupt(after_seq=self.counts.admitted - 1, response_id=response_id)
 
     async def _say(self, message: Query | Interrupt | SettingsChange) -> None:
         """Send input to the model. Raises ClientError when it is too much or too large."""
@@ -449,6 +477,8 @@ class Conversation:
         chosen = Preferences(
             settings=self.settings,
             in_force=self._in_force,
+            changes=self._changes,
+            answered=self._answered,
             include=sorted(self.include),
             drop_policy=self.drop_policy,
             opened=self.opened_at,

@@ -27,6 +27,17 @@ class WaitingFrame:
     received: float
 
 
+def check_frame_time(video_time: float, last_time: float) -> None:
+    """Raises ClientError for a time that no frame may have after one of `last_time`."""
+    check_time(video_time)
+    if video_time <= last_time:
+        raise ClientError(
+            "bad_time",
+            f"video_time is {video_time}, expected more than the {last_time} of the frame before",
+            "video_time",
+        )
+
+
 class FrameBuffer:
     """`on_drop` is told the reason of every frame that is dropped."""
 
@@ -42,16 +53,6 @@ class FrameBuffer:
 
     def __len__(self) -> int:
         return len(self._waiting)
-
-    def check(self, video_time: float) -> None:
-        """Raises ClientError for a time that no frame may have now."""
-        check_time(video_time)
-        if video_time <= self.last_time:
-            raise ClientError(
-                "bad_time",
-                f"video_time is {video_time}, expected more than the {self.last_time} of the frame before",
-                "video_time",
-            )
 
     def add(self, video_time: float, image: bytes) -> None:
         """Let a frame wait. Raises ClientError when too many do."""
@@ -80,7 +81,7 @@ class FrameBuffer:
     def admitted(self, frame: WaitingFrame) -> None:
         """It has its number."""
         self._starved = False
-        self.through = frame.time
+        self.through = max(self.through, frame.time)  # a later one may have been dropped meanwhile
 
     def continue_after(self, video_time: float) -> None:
         """Go on where another gateway left off: frames up to that time are answered for."""
@@ -106,5 +107,5 @@ class FrameBuffer:
         """With `latest`, drop all but the newest waiting frame while there is no credit."""
         keep = 1 if self._starved else self.max_waiting
         while self.policy == "latest" and len(self._waiting) > keep:
-            self.through = self._waiting.popleft().time
+            self.through = max(self.through, self._waiting.popleft().time)
             self._on_drop("replaced")

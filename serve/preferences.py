@@ -12,13 +12,16 @@ from serve.server_events import SessionInfo, VideoInfo, WindowInfo
 class Preferences(BaseModel):
     """What is chosen at the moment, by any gateway's account. `opened` is Unix time.
 
-    `in_force` are the settings that the model took last: those chosen since it may yet refuse.
+    `in_force` are the settings that the model took last: those chosen since, in `changes`, it may yet refuse. Both are
+    as of log position `answered`.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     settings: TolerantSettings
     in_force: TolerantSettings | None = None
+    changes: int | None = None
+    answered: int = -1
     include: list[str]
     drop_policy: DropPolicy
     opened: float

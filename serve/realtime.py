@@ -18,7 +18,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 from actors.bus import BusError
 from actors.image import check_image
 from actors.tasks import end_all
-from serve.admission import NoCapacity, admitted
+from serve.admission import NoCapacity, owned
 from serve.client_events import (
     ClientError,
     ConversationItemCreate,
@@ -208,17 +208,19 @@ class Connection:
                 text = wish.instructions if wish else None
                 question = text if text is None else self.gateway.check_question(text)
                 await conversation.respond(question, self.gateway.config.prompt)
-            case ResponseCancel():
-                await conversation.interrupt()
+            case ResponseCancel(response_id=response_id):
+                await conversation.interrupt(response_id)
             case VideoEnd():
                 conversation.finish()
 
     async def _take_item(self, item: Item) -> None:
-        """The questions and frames of one item, in order; of an item with a part that cannot be read nothing is taken.
+        """The questions and frames of one item, in order; of an item with a part that is wrong nothing is taken.
 
         Raises ClientError.
         """
-        images = [picture_bytes(part.image_url, "image_url") for part in item.content if isinstance(part, InputImage)]
+        shown = [part for part in item.content if isinstance(part, InputImage)]
+        images = [picture_bytes(part.image_url, "image_url") for part in shown]
+        self.conversation.times_of([(part.video_time, image) for part, image in zip(shown, images, strict=True)])
         for image in images:
             self._check_picture(image)
         for part in item.content:
@@ -236,6 +238,7 @@ class Connection:
     def _offer(self, video_time: float | None, image: bytes) -> None:
         """Look at a frame's rate and header before it may wait. Raises ClientError."""
         self._take_rate()
+        self.conversation.times_of([(video_time, image)])
         self._check_picture(image)
         self.conversation.offer(video_time, image)
 
@@ -274,13 +277,15 @@ class Connection:
 
     async def _watch_owner(self) -> None:
         await self._opened.wait()
-        self._placed = self.gateway.config.max_llms is None
         try:
-            await admitted(self.conversation, self.gateway)
+            await owned(self.conversation, self.gateway, self._note_waiting)
         except NoCapacity as error:
             raise Closing(FULL, "no_capacity", str(error), ends=True) from None
+
+    def _note_waiting(self, waits: bool) -> None:
+        """To wait for a replica is not to be idle."""
         self._active = time.monotonic()
-        self._placed = True
+        self._placed = not waits
 
     async def _watch_taken(self) -> None:
         await self.conversation.taken.wait()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Literal
 from actors.bus import BusError
 from actors.tasks import end_all
 from actors.video import VideoError, encode_jpeg, probe, read_frames
-from serve.admission import NoCapacity, admitted
+from serve.admission import NoCapacity, owned
 from serve.client_events import ClientError
 from serve.conversation import Conversation
 from serve.errors import ApiError
@@ -28,6 +29,7 @@ from serve.server_events import ServerEvent, failure
 log = logging.getLogger(__name__)
 
 JPEG_QUALITY = 95
+ASK_AGAIN_S = 0.2
 
 Pictures = Iterator[tuple[float, bytes]]
 Moment = float | Literal["before", "after"]
@@ -101,11 +103,16 @@ async def watch(recording: Recording, conversation: Conversation, gateway: Gatew
 
 
 async def _watch(recording: Recording, conversation: Conversation, gateway: Gateway) -> AsyncGenerator[ServerEvent]:
-    placing = asyncio.create_task(admitted(conversation, gateway))
+    waits = False  # for a replica, which is bounded
+
+    def note_waiting(now: bool) -> None:
+        nonlocal waits
+        waits = now
+
     tasks = [
         asyncio.create_task(_supply(recording, conversation)),
         asyncio.create_task(conversation.feed()),
-        placing,
+        asyncio.create_task(owned(conversation, gateway, note_waiting)),
     ]
     events = conversation.events()
     following = asyncio.ensure_future(anext(events))
@@ -114,7 +121,6 @@ async def _watch(recording: Recording, conversation: Conversation, gateway: Gate
         waiting, settled = {*tasks, following}, 0
         while True:
             done, waiting = await asyncio.wait(waiting, timeout=idle_s, return_when=asyncio.FIRST_COMPLETED)
-            waits = gateway.config.max_llms is not None and not placing.done()  # for a replica, which is bounded
             # Frames about which nothing is told are decided all the same.
             before, settled = settled, conversation.counts.decided + conversation.counts.skipped
             if not done and not waits and settled == before:
@@ -134,9 +140,7 @@ async def _watch(recording: Recording, conversation: Conversation, gateway: Gate
 
 async def _supply(recording: Recording, conversation: Conversation) -> None:
     """Offer every picture in order and ask every question, then say that there are no more."""
-    for question in recording.questions:
-        if question.time != "after":
-            await conversation.ask(question.text, None if question.time == "before" else question.time)
+    questions = sorted(recording.questions, key=_place)
     pictures = recording.pictures()
     loop = asyncio.get_running_loop()
     thread = ThreadPoolExecutor(1, thread_name_prefix="decode")
@@ -144,10 +148,15 @@ async def _supply(recording: Recording, conversation: Conversation) -> None:
         upcoming = await loop.run_in_executor(thread, next, pictures, None)
         while (picture := upcoming) is not None:
             upcoming = await loop.run_in_executor(thread, next, pictures, None)
-            if upcoming is None:
-                await _ask_at_the_end(recording, conversation, picture[0])
+            due = [one for one in questions if upcoming is None or _place(one) <= picture[0]]
+            del questions[: len(due)]
+            # Before their frame is admitted: its decision must not come first. Others than may wait come after it.
+            for question in due[: conversation.most_inputs]:
+                await _ask(question, conversation, picture[0])
             await conversation.room()
             conversation.offer(*picture)
+            for question in due[conversation.most_inputs :]:
+                await _ask(question, conversation, picture[0])
     finally:
         if isinstance(pictures, Generator):
             thread.submit(pictures.close)  # in its thread: a generator cannot be closed while it runs
@@ -155,8 +164,19 @@ async def _supply(recording: Recording, conversation: Conversation) -> None:
     conversation.finish()
 
 
-async def _ask_at_the_end(recording: Recording, conversation: Conversation, last: float) -> None:
-    """Before the last frame is admitted, for its moment: its decision must not come first."""
-    for question in recording.questions:
-        if question.time == "after":
-            await conversation.ask(question.text, last)
+def _place(question: Question) -> float:
+    """When a question is asked, in seconds of the video."""
+    return {"before": -math.inf, "after": math.inf}[question.time] if isinstance(question.time, str) else question.time
+
+
+async def _ask(question: Question, conversation: Conversation, reached: float) -> None:
+    """Ask once fewer questions wait than may, at the latest of the last frame `reached`."""
+    moment = None if question.time == "before" else min(_place(question), reached)
+    while True:
+        try:
+            await conversation.ask(question.text, moment)
+            return
+        except ClientError as error:
+            if error.code != "too_many_inputs":
+                raise
+        await asyncio.sleep(ASK_AGAIN_S)

@@ -27,9 +27,9 @@ from actors.messages import End, Interrupt, Query
 from actors.messages import SessionEnded as SessionEndedEntry
 from actors.tasks import end_all
 from serve.access import Client, TheGateway
-from serve.admission import NoCapacity, admitted
+from serve.admission import NoCapacity, owned
 from serve.client_events import ClientError, SessionPatch, VideoTime, check_time, is_number
-from serve.conversation import Conversation, suppress_gone
+from serve.conversation import Conversation, open_response, suppress_gone
 from serve.errors import ApiError, described
 from serve.gateway import Gateway
 from serve.ingest import Ingest, Source, SourceError
@@ -181,7 +181,7 @@ class Streams:
             work = [
                 asyncio.create_task(_supply(running.ingest, conversation)),
                 asyncio.create_task(conversation.feed()),
-                asyncio.create_task(admitted(conversation, self.gateway)),
+                asyncio.create_task(owned(conversation, self.gateway)),
             ]
             end = asyncio.create_task(_to_the_end(conversation))
             try:
@@ -273,8 +273,10 @@ async def delete_stream(gateway: TheGateway, client: Client, stream_id: str) -> 
     meta = await _meta(gateway, client, stream_id)
     if meta.state != "ended" and not await gateway.bus.abandon(stream_id, "stream deleted"):
         with suppress_gone():
-            await gateway.bus.send(stream_id, Interrupt(after_seq=meta.admitted - 1))
+            started = await open_response(gateway.bus, stream_id, meta.first_position, meta.position)
             await gateway.bus.send(stream_id, End(after_seq=meta.admitted - 1))
+            for response_id in {None, started and started[1].response_id}:
+                await gateway.bus.send(stream_id, Interrupt(after_seq=meta.admitted - 1, response_id=response_id))
     return Deleted(id=stream_id)
 
 

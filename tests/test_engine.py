@@ -24,7 +24,7 @@ from actors.batched import BatchedEngine
 from actors.checkpoint import Loaded
 from actors.config import ModelConfig
 from actors.encoder import FrameEncoder
-from actors.engine import Engine, EngineConfig, NoCapacity
+from actors.engine import Engine, EngineConfig, EngineError, NoCapacity
 from actors.kv import PAGE, KVMemory, Region
 from actors.messages import (
     End,
@@ -672,3 +672,32 @@ class Forced(Session):
     def resolve_frames(self, work: Work, decisions: Sequence[Decision]) -> list[LogEntry]:
         self.probabilities += [decision.p_silent for decision in decisions]
         return super().resolve_frames(work, [Decision(1.0, True) for _ in decisions])
+
+
+def test_without_a_cut_tokens_are_drawn_as_often_as_they_are_likely() -> None:
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    wanted = torch.softmax(logits, -1)
+    settings = SessionSettings(temperature=1.0)
+    drawn = torch.tensor([sample(logits, settings, [], (0, number)) for number in range(4000)])
+    assert torch.bincount(drawn, minlength=4) / 4000 == pytest.approx(wanted, abs=0.03)
+    assert sample(logits, settings, [], (1, 5)) == sample(logits, settings, [], (1, 5))
+
+
+def test_a_window_that_keeps_all_of_itself_is_refused_at_start() -> None:
+    llm = LlamaConfig(max_position_embeddings=512)
+    with pytest.raises(EngineError, match=r"window_keep is 300, expected less than window_trigger .*\(300\)"):
+        EngineConfig(window_trigger=300, window_keep=300).limits(llm)
+    with pytest.raises(EngineError, match=r"window_keep is 512, .*\(512\)"):
+        EngineConfig(window_keep=512).limits(llm)
+
+
+def test_positions_that_depend_on_neighbours_are_refused(loaded: dict[str, Loaded]) -> None:
+    model = loaded["live1plus"]
+    llm = model.model.base_llm
+    before = llm.config.rope_parameters
+    try:
+        llm.config.rope_parameters = {**before, "rope_type": "longrope", "original_max_position_embeddings": 300}
+        with pytest.raises(EngineError, match=r"longrope.*set engine.max_positions to 300"):
+            BatchedEngine(model.model, model.template, EngineConfig(max_positions=301, kv_memory_gb=0.05))
+    finally:
+        llm.config.rope_parameters = before

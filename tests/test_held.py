@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import cast
 
@@ -21,6 +22,8 @@ from actors.messages import (
     QueryConsumed,
     ResponseEnded,
     ResponseStarted,
+    SessionInput,
+    SettingsApplied,
     SettingsChange,
     Window,
     encode,
@@ -145,3 +148,75 @@ def test_a_context_too_long_for_its_heir_is_cut_before_anything_else() -> None:
     heir.frames(70, 72)
     heir.run()
     assert heir.session.next_seq == 72
+
+
+def living(frames: int) -> tuple[Driver, Held, list[StoredInput], Callable[[SessionInput], None], list[Window]]:
+    """A session that is given its input one by one by what is returned, with the windows of its evictions so far."""
+    driver = Driver(narrow())
+    held = Held(LEASE, driver.session, 0, "0-0")
+    inputs, windows, noted = list[StoredInput](), list[Window](), 0
+
+    def give(message: SessionInput) -> None:
+        nonlocal noted
+        entry_id = f"{len(inputs) + 1}-0"
+        inputs.append((entry_id, message))
+        held.cursor = entry_id
+        held.note_input(entry_id, message)
+        held.deliver(entry_id, message, SHAPE)
+        driver.run()
+        for position, entry in enumerate(driver.log[noted:], noted):
+            held.note_entry(position, entry)
+            if isinstance(entry, Evicted):
+                windows.append(held.window(entry, position))
+        noted = len(driver.log)
+
+    for seq in range(frames):
+        give(tokens(seq))
+    return driver, held, inputs, give, windows
+
+
+def test_a_change_that_waits_is_not_lost_behind_one_that_the_window_has() -> None:
+    driver, _, inputs, give, windows = living(10)
+    settings = driver.session.settings
+    give(SettingsChange(after_seq=9, settings=settings.model_copy(update={"instructions": "You watch a kitchen."})))
+    for seq in range(10, 14):
+        give(tokens(seq))
+    assert len(driver.of(SettingsApplied)) == len(windows) == 1
+    wanted = driver.session.settings.model_copy(update={"threshold": 0.123})
+    give(SettingsChange(after_seq=16, settings=wanted))  # behind frames that are still with the encoder
+    heir = Driver(taken_over(driver, windows[-1], inputs))
+    for one in (driver, heir):
+        one.frames(14, 20)
+        one.run()
+    assert [entry.settings.threshold for entry in heir.of(SettingsApplied)] == [0.123]
+    assert heir.session.settings == driver.session.settings == wanted
+
+
+def test_an_heir_pins_what_its_predecessor_pins() -> None:
+    """A question that was asked again behind another one is not the first of the log that is left."""
+    driver, _, inputs, give, windows = living(1)
+    seq = 1
+
+    def see(count: int) -> None:
+        nonlocal seq
+        for _ in range(count):
+            give(tokens(seq))
+            seq += 1
+
+    give(Query(query_id="a", text="Tell me when a dog comes.", after_seq=0))
+    while not windows:
+        see(1)
+    see(14)
+    give(Query(query_id="b", text="What colour is it?", after_seq=seq - 1))
+    see(1)
+    give(Query(query_id="c", text="Tell me when a dog comes.", after_seq=seq - 1))
+    known = len(windows)
+    while len(windows) == known:
+        see(1)
+    heir = Driver(taken_over(driver, windows[-1], inputs))
+    assert heir.session.context.ids == driver.session.context.ids
+    assert heir.session.context.pinned == driver.session.context.pinned
+    for one in (driver, heir):
+        one.frames(seq, seq + 60)
+        one.run()
+    assert heir.of(Evicted)[-1] == driver.of(Evicted)[-1]

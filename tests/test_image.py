@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from actors.image import decode_image
+from actors.image import check_image, decode_image
 
 ACROSS, DOWN = np.meshgrid(np.arange(0, 240, 10), np.arange(0, 160, 10))
 GRADIENT = np.stack([ACROSS, DOWN, np.full((16, 24), 90)], axis=-1).astype(np.uint8)
@@ -137,3 +137,30 @@ def test_damaged_bytes_give_pixels_or_a_value_error_and_nothing_else(data: st.Da
     for _ in range(data.draw(st.integers(1, 4))):
         whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
     assert outcome(bytes(whole)).startswith(("pixels", "not an image: found ", "image too large: found "))
+
+
+def with_segments(kind: str, count: int) -> bytes:
+    """A picture with that many empty comments, or fill bytes, before it."""
+    whole = encoded(Image.fromarray(GRADIENT), "PNG" if kind == "PNG" else "JPEG")
+    if kind == "PNG":
+        chunk = struct.pack(">I", 0) + b"tEXt" + struct.pack(">I", zlib.crc32(b"tEXt"))
+        return whole[:33] + count * chunk + whole[33:]
+    return whole[:2] + count * {"comments": b"\xff\xfe\0\2", "fill": b"\xff"}[kind] + whole[2:]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "comments", "fill"])
+def test_a_header_of_very_many_parts_is_refused_unread(kind: str) -> None:
+    """Pillow would take seconds over a few megabytes of them."""
+    with pytest.raises(ValueError, match="more than 1000 segments before the picture"):
+        check_image(with_segments(kind, 100_000))
+    if kind != "PNG":  # an empty tEXt is no text to Pillow
+        assert decode_image(with_segments(kind, 100)).shape == (16, 24, 3)
+
+
+def test_text_that_is_inflated_is_bounded() -> None:
+    whole = encoded(Image.fromarray(GRADIENT), "PNG")
+    body = b"zTXt" + b"k\0\0" + zlib.compress(bytes(900_000))
+    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    check_image(whole[:33] + chunk + whole[33:])
+    with pytest.raises(ValueError, match="not an image"):
+        check_image(whole[:33] + 2 * chunk + whole[33:])

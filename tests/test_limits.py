@@ -66,7 +66,7 @@ async def test_recorded_video_is_not_idle_while_its_frames_are_decided(monkeypat
     async def nothing(*_: object) -> None:
         await asyncio.Event().wait()
 
-    monkeypatch.setattr(recorded, "admitted", nothing)
+    monkeypatch.setattr(recorded, "owned", nothing)
     monkeypatch.setattr(recorded, "_supply", nothing)
     gateway = SimpleNamespace(limits=SimpleNamespace(idle_s=0.2), config=SimpleNamespace(max_llms=None))
     conversation = QuietVideo(40)

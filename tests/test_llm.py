@@ -626,3 +626,38 @@ def test_a_client_is_gone_when_two_looks_in_a_row_have_missed_it(live: Live, mon
 
     [reason] = asyncio.run(scenario())
     assert reason.startswith("client_gone")
+
+
+def test_a_session_whose_owner_died_between_its_last_entry_and_its_end_is_ended_by_the_next(
+    live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        bus = await live.connect()
+        await bus.open_session("a", live.loaded.fingerprint, SETTINGS)
+
+        async def dies(*_: object) -> None:
+            raise BusError("unavailable", "this replica dies now")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Bus, "end_session", dies)
+            async with live.worker("first") as worker:
+                await live.encode(bus, "a", 3)
+                await bus.send("a", End(after_seq=2))
+                log = await whole_log(bus, "a")
+                assert isinstance(log[-1], SessionEnded)
+                await until(lambda: _are(not worker.held))
+        meta = await bus.session_meta("a")
+        assert meta is not None
+        assert meta.state != "ended"
+        async with live.worker("second") as worker:
+            async with asyncio.timeout(20):
+                while (meta := await bus.session_meta("a")) is not None and meta.state != "ended":
+                    await asyncio.sleep(0.02)
+            await until(lambda: _are(not worker.held))
+            assert worker.engine.kv_use.reserved == 0
+        await bus.close()
+
+    async def _are(so: bool) -> bool:
+        return so
+
+    asyncio.run(scenario())

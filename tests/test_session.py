@@ -526,3 +526,27 @@ def test_a_session_rebuilt_from_its_log_is_the_session(ops: list, speaking: set[
         True,
     )
     assert again.context.length <= replayed.limits.capacity
+
+
+def test_long_texts_are_compared_by_words() -> None:
+    words = [f"word{number}" for number in range(1000)]
+    assert nearly_equal(" ".join(words), " ".join([*words[:500], "other", *words[501:]]))
+    assert not nearly_equal(" ".join(words), " ".join(words[::-1]))
+
+
+def test_an_interrupt_of_a_response_that_has_ended_cuts_no_other() -> None:
+    for named, ends in (("s-0", "eos"), ("s-1", "interrupted"), (None, "interrupted")):
+        driver = Driver(make_session())
+        for number in (1, 2):
+            driver.session.add(Query(query_id=f"q{number}", text="And now?", after_seq=0))
+        driver.frames(0, 1)
+        while driver.session.response is None or driver.session.response.response_id != "s-1":
+            assert driver.step()
+        driver.session.add(Interrupt(after_seq=0, response_id=named))
+        driver.run()
+        assert [entry.reason for entry in driver.of(ResponseEnded)] == ["eos", ends]
+
+
+def test_a_window_that_would_move_every_few_frames_is_refused() -> None:
+    with pytest.raises(SessionError, match=r"window_keep is 290, more than 0.75 of window_trigger \(300\)"):
+        make_session(Limits(4000), window_trigger=300, window_keep=290)

@@ -214,8 +214,8 @@ class Run {
     showFigures();
   }
 
-  #error({ code, message, event_id: id, video_time: time }) {
-    if (id) transcript.refuse(id);
+  #error({ code, message, param, event_id: id, video_time: time }) {
+    if (id || code === "refused") transcript.refuse(id ?? param);
     if (code === "frame_skipped" && time !== undefined) {
       this.inFlight.settle(time);
       this.signal.notify();
