@@ -99,7 +99,7 @@ def engine(arguments: argparse.Namespace) -> None:
     if arguments.preset == PRESETS[0]:
         subject = subject_of(config, settings.device, arguments.dtype)
     else:
-        subject = subject_of_size(arguments.preset, settings.device, arguments.dtype)
+        subject = subject_of_size(arguments.preset, settings.device, arguments.dtype, config.model.llm)
         if not any(one.startswith("engine.kv_memory_gb=") for one in arguments.overrides):
             settings = settings.model_copy(update={"kv_memory_gb": None})  # the file's is for another model
     amount = ON_GPU if settings.device.startswith("cuda") else Amount()

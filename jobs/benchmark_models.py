@@ -1,7 +1,7 @@
 """The models that benchmarks run: the one of a settings file, or a well-known size with random weights.
 
 Speed does not depend on what the weights are, so the sizes that need a GPU are built here from their
-dimensions: nothing is downloaded. The embedded tokenizer stands in for theirs.
+dimensions: nothing is downloaded. The tokenizer of the settings' model stands in for theirs.
 """
 
 from __future__ import annotations
@@ -54,8 +54,11 @@ def subject_of(config: Config, device: str, dtype: str | None) -> Subject:
     return Subject(config.model.llm, baseline, loaded.model, loaded.template)
 
 
-def subject_of_size(name: str, device: str, dtype: str | None) -> Subject:
-    """A preset's model with random weights. Raises ConfigError on a CPU, where it would take hours."""
+def subject_of_size(name: str, device: str, dtype: str | None, tokens_of: str = EMBEDDED) -> Subject:
+    """A preset's model with random weights, and the tokenizer of the LLM `tokens_of`: a folder needs no more than that.
+
+    Raises ConfigError on a CPU, where it would take hours.
+    """
     if device == "cpu":
         raise ConfigError(f"preset {name} needs a GPU: add --device cuda, or leave the preset out")
     frames = FrameConfig(resolution_px=384, cls=True, pooled=(3, 3), separator=",")
@@ -66,7 +69,7 @@ def subject_of_size(name: str, device: str, dtype: str | None) -> Subject:
         )
     model = VideoLLM(llm, ModelConfig(llm=name, vision=EMBEDDED, frames=frames), VISION_WIDTH)
     model.requires_grad_(False)
-    tokenizer = load_tokenizer(causal_lm_folder(EMBEDDED))
+    tokenizer = load_tokenizer(causal_lm_folder(tokens_of))
     return Subject(name, model, model, Template(tokenizer, frames, vocab_size=sizes.vocab_size))
 
 
