@@ -216,7 +216,7 @@ class LLMWorker:
         if self.held.get(lease.session_id) is not held:
             await self.stepper.call(partial(self._close, held))
             return
-        if held.session.ended:  # who held it died between its last entry and its end
+        if log and isinstance(log[-1][1], SessionEnded):  # who held it died between its last entry and its end
             await self._guarded(self.bus.end_session(lease))
             await self._drop(held)
             return

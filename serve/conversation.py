@@ -198,11 +198,10 @@ class Conversation:
             known = Preferences.model_validate_json(meta.preferences)
             self.settings, self.include, self.opened_at = known.settings, frozenset(known.include), known.opened
             self._frames.policy = known.drop_policy
-            self._in_force, self._answered, noted_changes = known.in_force, known.answered, known.changes
-        else:
-            noted_changes = None
+            self._in_force, self._answered, self._changes = known.in_force, known.answered, known.changes or 0
         self._in_force = self._in_force or self.settings
-        self._changes = int(self.settings != self._in_force) if noted_changes is None else noted_changes
+        if not meta.preferences or known.changes is None:  # noted by a gateway of an older version, or not at all
+            self._answered, self._changes = self._after, int(self.settings != self._in_force)
         noted = NotedCounts.model_validate_json(meta.counts or "{}")
         self._frames.continue_after(max(meta.time, noted.through))
         self.counts.admitted = meta.admitted
