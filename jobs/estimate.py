@@ -32,7 +32,8 @@ from jobs.frame_store import FrameStore, StoreError
 from jobs.plan import Plan
 from jobs.training_config import TrainingConfig
 from jobs.training_log import duration
-from jobs.training_run import measured_plan
+from jobs.training_run import check_held_out, measured_plan
+from jobs.validation import Validation
 
 GPU_RATE = 150e12  # assumed where none is here to be measured: what bfloat16 products of an A100 reach
 ELSE = 1.5  # all of a step, to its matrix products
@@ -55,7 +56,10 @@ class Dimensions:
 
 
 def dry_run(config: Config) -> str:
-    """Plan, memory and time of the run that `config` describes, as text."""
+    """Plan, memory and time of the run that `config` describes, as text.
+
+    Raises what training would raise before its first step, where there are data.
+    """
     settings, model = config.section("training", TrainingConfig), config.model
     sizes, note = language_model(model.llm)
     store, missing = _store(config)
@@ -76,6 +80,12 @@ def dry_run(config: Config) -> str:
             missing = str(error)
     if plan is None:
         lines.append(f"no plan, for want of data: {missing}")
+    elif store is not None:
+        check_held_out(config, data)
+        if settings.validate_every is not None:
+            held_out = _data(config, store, sizes, "validation")
+            chosen = Validation(held_out, settings.validation_dialogues, settings.seed)
+            lines.append(f"validated on {chosen.dialogues} of {len(held_out)} dialogues")
     return "\n".join([*lines, *_memory_lines(config, numbers, plan), *_time_lines(config, numbers, plan)])
 
 
@@ -238,9 +248,9 @@ def _store(config: Config) -> tuple[FrameStore | None, str]:
         return None, str(error)
 
 
-def _data(config: Config, store: FrameStore, sizes: PreTrainedConfig) -> TrainingSet:
+def _data(config: Config, store: FrameStore, sizes: PreTrainedConfig, split: str = "train") -> TrainingSet:
     settings, name = config.section("training", TrainingConfig), config.model.llm
-    dialogues = read_dialogues(Path(config.section("data", DataConfig).folder) / "train")
+    dialogues = read_dialogues(Path(config.section("data", DataConfig).folder) / split)
     folder = causal_lm_folder(name) if name == EMBEDDED else Path(name)  # of a hub name, only its tokenizer is fetched
     template = Template(load_tokenizer(folder), config.model.frames)
     limit = settings.max_tokens or getattr(sizes, "max_position_embeddings", None)

@@ -77,7 +77,9 @@ def _train(config: Config, settings: TrainingConfig, folder: RunFolder) -> str:
     data = load_data(config)
     check_held_out(config, data)
     if settings.validate_every is not None:
-        Validation(load_validation(config, data.template), settings.validation_dialogues, settings.seed)
+        held_out = Validation(load_validation(config, data.template), settings.validation_dialogues, settings.seed)
+        if held_out.idle:
+            logger.warning("validation on %d dialogues; %d more teach nothing", held_out.dialogues, held_out.idle)
     keep_settings(config, data, folder)
     folder.remove(FAILURE_FILE)
     plan = make_plan(config, data, folder)

@@ -6,7 +6,6 @@ Workers share the dialogues and all get the same result.
 
 from __future__ import annotations
 
-import logging
 import random
 
 import torch
@@ -17,13 +16,11 @@ from jobs.dataset import DatasetError, TrainingSet
 from jobs.metrics import Reply, evaluate, forward_of, summarize
 from jobs.plan import Pick
 
-logger = logging.getLogger(__name__)
-
 
 class Validation:
     """`data` with at most `limit` of its dialogues that teach anything, the same at every time.
 
-    Raises DatasetError where none does.
+    `idle` of those that were drawn, and are left out, teach nothing. Raises DatasetError where all do.
     """
 
     def __init__(self, data: TrainingSet, limit: int, seed: int = 0, rank: int = 0, workers: int = 1) -> None:
@@ -39,8 +36,7 @@ class Validation:
                 break
         if not indices:
             raise DatasetError(f"none of {len(data)} dialogues to validate on has anything to learn")
-        if rank == 0 and idle:
-            logger.warning("validation on %d dialogues; %d more have nothing to learn", len(indices), idle)
+        self.dialogues, self.idle = len(indices), idle
         self.share = indices[rank::workers]
         self.workers = workers
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import uuid
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 MARK = "VIDEOLLM_TEST_RUN"
@@ -31,23 +33,17 @@ class Marked:
 
     def names(self) -> list[str]:
         """Name and id of each process."""
-        found = []
-        for folder in self.processes():
-            try:
-                found.append(f"{(folder / 'comm').read_text().strip()} {folder.name}")
-            except OSError:
-                continue
-        return found
+        return [f"{name.decode().strip()} {pid}" for pid, name in self._read("comm")]
 
     def commands(self) -> list[str]:
         """Command line of each process."""
-        found = []
+        return [line.replace(b"\0", b" ").decode(errors="replace") for _, line in self._read("cmdline")]
+
+    def _read(self, file: str) -> Iterator[tuple[str, bytes]]:
+        """The id of each process and what that file of it holds, of those that are still there."""
         for folder in self.processes():
-            try:
-                found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
-            except OSError:
-                continue
-        return found
+            with suppress(OSError):
+                yield folder.name, (folder / file).read_bytes()
 
     def listening(self) -> dict[str, bool]:
         """Where these processes listen, as /proc writes it, and whether only this machine can reach it."""

@@ -69,6 +69,13 @@ def wait_for(url: str, head: subprocess.Popen, deadline_s: float = 120) -> None:
             time.sleep(0.2)
 
 
+def submit(job_server: str, folder: Path, job: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """A job of the settings in `folder`, which is its root, to its end."""
+    program = ["python", "-m", f"jobs.{job}", str(folder / "settings.yaml"), "--root", str(folder), *overrides]
+    command = [BIN / "ray", "job", "submit", "--address", job_server, "--working-dir", ".", "--", *program]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_offline_leg_runs_as_submitted_jobs(
@@ -83,13 +90,8 @@ def test_the_offline_leg_runs_as_submitted_jobs(
     }
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings))
 
-    def submit(job: str, *overrides: str) -> subprocess.CompletedProcess[str]:
-        program = ["python", "-m", f"jobs.{job}", str(tmp_path / "settings.yaml"), "--root", str(tmp_path), *overrides]
-        command = [BIN / "ray", "job", "submit", "--address", job_server, "--working-dir", ".", "--", *program]
-        return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-
     for job in ("build_dialogues", "encode_frames", "train"):
-        done = submit(job)
+        done = submit(job_server, tmp_path, job)
         assert done.returncode == 0, done.stdout + done.stderr
     told = {dialogue.video_id for dialogue in read_dialogues(tmp_path / "dialogues" / "train")}
     assert (
@@ -123,11 +125,9 @@ def test_two_workers_train_in_a_submitted_job_and_one_that_fails_says_why(
         | {"workers": 2, "cpus_per_worker": 0.5},
     }
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings))
-    program = ["python", "-m", "jobs.train", str(tmp_path / "settings.yaml"), "--root", str(tmp_path)]
-    command = [BIN / "ray", "job", "submit", "--address", job_server, "--working-dir", ".", "--", *program]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    done = submit(job_server, tmp_path, "train")
     assert done.returncode == 0, done.stdout + done.stderr
-    failed = subprocess.run([*command, "training.learning_rate=1"], cwd=REPOSITORY, capture_output=True, text=True)
+    failed = submit(job_server, tmp_path, "train", "training.learning_rate=1")
     assert failed.returncode == 1
     assert "error: the run in" in failed.stdout
     assert "Traceback" not in failed.stdout

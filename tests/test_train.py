@@ -360,3 +360,19 @@ def test_scores_of_checkpoints_survive_a_run_that_is_started_again(tmp_path: Pat
         assert last.best_checkpoint_result.metrics == {score_name("loss"): -1.4}
 
     asyncio.run(losses())
+
+
+def test_a_dry_run_refuses_what_training_would(prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(DialogueFileError, match="validation: no such dialogue file"):
+        train(prepared(dry_run=True, validate_every=1))
+    validation = tmp_path / "dialogues" / "validation.jsonl"
+    validation.write_text(to_line(narrated("abcd")))
+    with pytest.raises(DatasetError, match="1 videos are in training and validation"):
+        train(prepared(dry_run=True))
+    validation.write_text(to_line(narrated("held")))
+    store = FrameStore.open(tmp_path / "tokens")
+    with store.locked(), store.writer("held") as writer:
+        writer.append([frame / 2 for frame in range(12)], torch.randn(12, 10, 48).half())
+        writer.commit()
+    train(prepared(dry_run=True, validate_every=1))
+    assert "validated on 1 of 1 dialogues" in capsys.readouterr().out
