@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import ray
 from ray._private import ray_constants
@@ -21,6 +25,20 @@ def connect(num_cpus: int | None = None) -> None:
     """
     if ray.is_initialized():
         return
+    with _own_end():
+        _connect(num_cpus)
+
+
+@contextmanager
+def _own_end() -> Iterator[None]:
+    """Keep what a program does at SIGTERM: ray.init puts something of Ray's in its place, which says nothing."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(before) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
+
+
+def _connect(num_cpus: int | None) -> None:
     if not is_local():
         ray.init()
         return

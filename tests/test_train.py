@@ -148,11 +148,12 @@ def test_an_interrupted_run_exits_with_130_and_goes_on_with_the_same_command(pre
     def start() -> subprocess.Popen:
         return subprocess.Popen([sys.executable, "-m", "jobs.train", str(file)], start_new_session=True)
 
-    with start() as process:
-        wait_for_steps(run / "metrics.jsonl", 10)
-        process.send_signal(signal.SIGINT)
-    assert process.returncode == 130
-    assert len(read_log(RunFolder(str(run)))) < 60
+    for steps, how in ((10, signal.SIGINT), (25, signal.SIGTERM)):  # Ctrl-C, and a `ray job` that is stopped
+        with start() as process:
+            wait_for_steps(run / "metrics.jsonl", steps)
+            process.send_signal(how)
+        assert process.returncode == 130
+        assert len(read_log(RunFolder(str(run)))) < 60
     with start() as process:
         pass
     assert process.returncode == 0
