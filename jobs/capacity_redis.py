@@ -208,8 +208,13 @@ async def _check(
         used = await work.memory() - before
     finally:
         await bus.close()
-    frame = tokens.numel() * 2 + costs.input_overhead_bytes + costs.log_entry_bytes
-    return Comparison(sessions, frames, sessions * (costs.session_bytes + frames * frame), used)
+    return Comparison(sessions, frames, memory_bytes(costs, tokens.numel() * 2, sessions, frames), used)
+
+
+def memory_bytes(costs: RedisCosts, tokens_bytes: float, sessions: int, frames: int) -> float:
+    """What sessions with so many decided frames each take in Redis, of which the tokens have so many bytes each."""
+    frame = tokens_bytes + costs.input_overhead_bytes + costs.log_entry_bytes
+    return sessions * (costs.session_bytes + frames * frame)
 
 
 def save(path: Path, costs: RedisCosts, checks: list[Comparison], machine: str) -> None:

@@ -8,6 +8,8 @@ import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
+from typing import cast
 
 import httpx
 import pytest
@@ -16,6 +18,7 @@ from live_client import live, picture
 
 from actors.bus import Bus
 from actors.replicas import ReplicaReport
+from serve import admission
 from serve.admission import NoCapacity, admitted
 from serve.conversation import Conversation
 from serve.gateway import Gateway, ServeConfig
@@ -73,13 +76,31 @@ async def test_the_wait_for_a_replica_that_never_starts_has_an_end(bus: Bus) -> 
 
 
 @pytest.mark.anyio
-async def test_a_session_gets_the_usual_time_from_when_the_last_replica_is_there(bus: Bus) -> None:
+async def test_a_session_gets_the_usual_time_from_when_the_last_replica_is_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """It has to find out that there is one, and to rebuild the sessions that came before."""
-    async with opened(bus, max_llms=1, admission_timeout_s=30) as (conversation, gateway):
-        waiting = asyncio.create_task(admitted(conversation, gateway))
-        await report(bus, "one")
-        await bus.claim("one", MODEL, bus.partition(conversation.id), 1)
-        await waiting
+    now, coming = 0.0, iter([True] * 5 + [False] * 1000)  # one is still to come at the first five looks, a second apart
+
+    async def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    async def more_to_come(_: object) -> bool:
+        return next(coming)
+
+    async def placed() -> bool:
+        return False
+
+    monkeypatch.setattr(admission, "asyncio", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(admission, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(admission, "_more_to_come", more_to_come)
+    config = SimpleNamespace(admission_timeout_s=3.0, start_timeout_s=120.0)
+    with pytest.raises(NoCapacity):
+        await admitted(
+            cast(Conversation, SimpleNamespace(placed=placed)), cast(Gateway, SimpleNamespace(config=config))
+        )
+    assert 8 <= now < 8.5
 
 
 def test_sessions_are_served_by_a_replica_that_comes_late(tiny: dict[str, object], redis_url: str) -> None:

@@ -14,7 +14,17 @@ import pytest
 from PIL import Image
 
 from actors.bus import Bus, BusError, SessionMeta
-from actors.messages import InputRefused, LogEntry, Query, SessionSettings, SettingsApplied, SettingsChange
+from actors.messages import (
+    End,
+    InputRefused,
+    Interrupt,
+    LogEntry,
+    Query,
+    ResponseStarted,
+    SessionSettings,
+    SettingsApplied,
+    SettingsChange,
+)
 from actors.session_log import BusConfig
 from serve.admission import NoCapacity, owned
 from serve.client_events import MOST_PROBLEMS, ClientError, parse_patch, parse_text
@@ -24,7 +34,8 @@ from serve.frame_buffer import FrameBuffer
 from serve.gateway import Gateway
 from serve.limits import LimitsConfig
 from serve.metrics import GatewayMeters
-from serve.realtime import Connection
+from serve.outgoing import SlowReader
+from serve.realtime import Closing, Connection
 from serve.recorded import Question, Recording, _supply, pictures_of_images
 
 pytestmark = pytest.mark.anyio
@@ -64,6 +75,9 @@ class Log:
 
     async def entries(self, *_: object) -> list[tuple[int, LogEntry]]:
         return []
+
+    async def abandon(self, *_: object) -> bool:
+        return False
 
     async def note(self, _id: str, _connection: int, field: str, text: str) -> bool:
         self.notes[field] = text
@@ -112,6 +126,16 @@ async def followed(conversation: Conversation) -> asyncio.Task[None]:
 
 async def change(conversation: Conversation, **patch: object) -> None:
     await conversation.update(parse_patch(patch))
+
+
+async def decide(bus: Log, conversation: Conversation) -> None:
+    """As a model does that answers whenever there is a frame."""
+    while True:
+        await asyncio.sleep(0.001)
+        if conversation._frames:
+            conversation._frames.take()
+            conversation._frames.note_change()
+            bus.unanswered = 0
 
 
 async def test_an_entry_that_is_read_again_answers_no_later_change() -> None:
@@ -191,16 +215,7 @@ async def test_of_more_questions_than_may_wait_each_is_asked_once_there_is_room(
     questions = tuple(Question(f"{number}", moment) for number, moment in enumerate(moments))
     recording = Recording(pictures_of_images([b"x"] * 20, 2.0), questions)
 
-    async def decide() -> None:
-        """As a model does that answers whenever there is a frame."""
-        while True:
-            await asyncio.sleep(0.001)
-            if conversation._frames:
-                conversation._frames.take()
-                conversation._frames.note_change()
-                bus.unanswered = 0
-
-    deciding = asyncio.create_task(decide())
+    deciding = asyncio.create_task(decide(bus, conversation))
     await asyncio.wait_for(_supply(recording, conversation), 30)
     deciding.cancel()
     asked = [message for message in bus.sent if isinstance(message, Query)]
@@ -208,6 +223,25 @@ async def test_of_more_questions_than_may_wait_each_is_asked_once_there_is_room(
     assert asked[0].time is None
     assert [query.time for query in asked[1:]] == sorted(query.time for query in asked[1:] if query.time is not None)
     assert [query.time for query in asked[-2:]] == [9.5, 9.5]
+
+
+async def test_a_question_is_asked_before_the_frame_of_its_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    bus = Log()
+    conversation = conversation_over(bus, bulk=True)
+    await conversation.open()
+    offer = conversation.offer
+
+    def offered(video_time: float | None, image: bytes) -> None:
+        bus.sent.append(video_time)
+        offer(video_time, image)
+
+    monkeypatch.setattr(conversation, "offer", offered)
+    questions = (Question("a", "before"), Question("b", 1.0), Question("c", "after"))
+    deciding = asyncio.create_task(decide(bus, conversation))
+    await asyncio.wait_for(_supply(Recording(pictures_of_images([b"x"] * 5, 2.0), questions), conversation), 30)
+    deciding.cancel()
+    told = [message.text if isinstance(message, Query) else message for message in bus.sent]
+    assert told == ["a", 0.0, 0.5, "b", 1.0, 1.5, "c", 2.0]
 
 
 async def test_of_an_item_with_a_frame_out_of_order_nothing_is_taken() -> None:
@@ -264,3 +298,59 @@ async def test_a_session_that_is_never_taken_again_is_refused() -> None:
     with pytest.raises(NoCapacity, match="no model replica took the session within"):
         await owned(cast(Conversation, conversation), cast(Gateway, SimpleNamespace(config=config)), told.append)
     assert told == [False, False, True]
+
+
+async def test_notes_of_an_older_gateway_answer_nothing_that_was_told() -> None:
+    bus = Log()
+    old = conversation_over(bus)
+    await old.open()
+    reading = await followed(old)
+    await change(old, video={"threshold": 0.5})
+    await bus.put(SettingsApplied(settings=bus.changes[0]))
+    await change(old, instructions="Watch the door.")
+    reading.cancel()
+    notes = json.loads(bus.notes["preferences"])
+    del notes["changes"], notes["answered"]
+    bus.notes["preferences"] = json.dumps(notes)
+    heir = conversation_over(bus)
+    await heir.resume("sess_x", 0)
+    reading = await followed(heir)
+    await bus.put(SettingsApplied(settings=bus.changes[0]), at=0)
+    assert heir.settings.instructions == "Watch the door."
+    reading.cancel()
+
+
+async def test_a_cancellation_names_the_response_it_is_for() -> None:
+    bus = Log()
+    conversation = conversation_over(bus)
+    await conversation.open()
+    reading = await followed(conversation)
+    await bus.put(ResponseStarted(response_id="r2", query_id=None, seq=0, time=0.0))
+    await conversation.interrupt("r1")
+    await conversation.interrupt()
+    assert [message.response_id for message in bus.sent if isinstance(message, Interrupt)] == ["r1", "r2"]
+    reading.cancel()
+
+
+async def test_who_leaves_ends_the_input_and_cuts_whatever_is_spoken() -> None:
+    bus = Log()
+    conversation = conversation_over(bus)
+    await conversation.open()
+    reading = await followed(conversation)
+    await bus.put(ResponseStarted(response_id="r2", query_id=None, seq=0, time=0.0))
+    await conversation.leave()
+    assert isinstance(bus.sent[0], End)
+    assert {message.response_id for message in bus.sent if isinstance(message, Interrupt)} == {None, "r2"}
+    reading.cancel()
+
+
+async def test_a_slow_reader_is_closed_as_a_matter_of_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def slow() -> None:
+        raise SlowReader("so many events wait")
+
+    gateway = cast(Gateway, SimpleNamespace(limits=LimitsConfig()))
+    connection = Connection(cast(Any, SimpleNamespace(send_text=None)), gateway, conversation_over(Log()))
+    monkeypatch.setattr(connection, "_run", slow)
+    with pytest.raises(Closing, match="so many events wait") as closed:
+        await connection.run()
+    assert (closed.value.close_code, closed.value.code, closed.value.ends) == (1008, "slow_reader", False)

@@ -226,6 +226,22 @@ def test_bodies_that_are_too_large_are_refused_before_they_are_read(url: str) ->
         answer = httpx.post(f"{url}{path}", content=big)
         assert answer.status_code == 413
         refused(answer, "too_big")
+    middle = b"x" * (3 << 19)
+    refused(httpx.post(f"{url}/v1/streams", content=middle), "too_big")
+    refused(httpx.post(f"{url}/v1/chat/completions", content=middle), "bad_request", "bad_value", "bad_json")
+
+
+def test_very_many_parts_and_mistakes_have_one_answer(url: str) -> None:
+    def asked(part: dict[str, str], count: int) -> httpx.Response:
+        body = {"model": "videollm-online", "messages": [{"role": "user", "content": [part] * count}]}
+        return httpx.post(f"{url}/v1/chat/completions", json=body)
+
+    too_many = asked({"type": "text", "text": "?"}, 257)
+    assert too_many.status_code == 422
+    assert "256" in too_many.text
+    wrong = asked({"type": "text"}, 200)
+    refused(wrong, "bad_value")
+    assert "200 fields or items of this request are wrong" in wrong.text
 
 
 def test_a_body_that_drips_is_given_up(url: str) -> None:

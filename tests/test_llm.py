@@ -224,6 +224,7 @@ async def live_run(live: Live, session_id: str, count: int) -> list[LogEntry]:
 def test_a_replica_that_is_behind_hands_sessions_to_one_that_came_later_and_they_go_on_as_if_nothing_had_happened(
     live: Live, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    live.config = live.config.model_copy(update={"lease_ms": 4000})  # for longer than a busy machine keeps one waiting
     monkeypatch.setattr(llm, "BALANCE_S", 1.2)
     monkeypatch.setattr(llm, "BEHIND", -1)  # whoever holds sessions is behind, so what stops them is the difference
     names = [f"s{number}" for number in range(6)]
@@ -661,3 +662,28 @@ def test_a_session_whose_owner_died_between_its_last_entry_and_its_end_is_ended_
         return so
 
     asyncio.run(scenario())
+
+
+def test_a_session_that_ends_while_it_is_taken_over_has_its_end_in_the_log(
+    live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> list[LogEntry]:
+        bus = await live.connect()
+        await bus.open_session("a", live.loaded.fingerprint, SETTINGS)
+        await bus.send("a", End(after_seq=-1))
+        async with live.worker() as worker:
+            call = worker.stepper.call
+
+            async def late(what: Callable[[], object]) -> object:
+                found = await call(what)
+                async with asyncio.timeout(20):
+                    while isinstance(found, Held) and not found.session.ended:
+                        await asyncio.sleep(0.01)
+                return found
+
+            monkeypatch.setattr(worker.stepper, "call", late)
+            log = await whole_log(bus, "a")
+        await bus.close()
+        return log
+
+    assert isinstance(asyncio.run(scenario())[-1], SessionEnded)

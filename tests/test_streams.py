@@ -360,3 +360,9 @@ def test_the_body_of_a_stream_request_is_checked(url: str) -> None:
         answer = httpx.post(f"{url}/v1/streams", content=body, headers={"content-type": "application/json"})
         assert answer.status_code == 422, body
         assert set(json.loads(answer.text)["error"]) == {"message", "type", "code", "param"}
+
+
+def test_a_stream_has_a_longest_time(tiny: dict[str, object], redis_url: str, videos: Path) -> None:
+    with application(tiny, redis_url, folders=[str(videos)], stream_s=0.5) as url:
+        stream = until(url, start(url, videos / "long.mp4", live=True).json()["id"], "ended")
+    assert stream["error"] == "the longest time of a stream is over"

@@ -125,8 +125,11 @@ def test_a_killed_worker_is_replaced_and_the_result_is_the_same(prepared, tmp_pa
     config = prepared(name="killed", max_steps=60)
     log = tmp_path / "runs" / "killed" / METRICS_FILE
 
+    kept = list[str]()
+
     def kill() -> None:
         wait_for_steps(log, 10)
+        kept.extend(log.read_text().splitlines()[:6])
         (worker,) = training_workers(os.getpid())
         os.kill(worker, signal.SIGKILL)
 
@@ -135,6 +138,7 @@ def test_a_killed_worker_is_replaced_and_the_result_is_the_same(prepared, tmp_pa
     folder = train(config)
     killer.join()
     assert [record["step"] for record in read_log(run_folder(config))] == list(range(60))
+    assert log.read_text().splitlines()[:6] == kept  # with how long each took: they were not learned again
     check_undisturbed(config, folder)
 
 
@@ -154,9 +158,11 @@ def test_an_interrupted_run_exits_with_130_and_goes_on_with_the_same_command(pre
             process.send_signal(how)
         assert process.returncode == 130
         assert len(read_log(RunFolder(str(run)))) < 60
+        kept = (run / METRICS_FILE).read_text().splitlines()[: steps - 4]  # up to a checkpoint, with how long each took
     with start() as process:
         pass
     assert process.returncode == 0
+    assert (run / METRICS_FILE).read_text().splitlines()[: len(kept)] == kept
     check_undisturbed(config, run / "checkpoint")
 
 
@@ -377,3 +383,8 @@ def test_a_dry_run_refuses_what_training_would(prepared, tmp_path: Path, capsys:
         writer.commit()
     train(prepared(dry_run=True, validate_every=1))
     assert "validated on 1 of 1 dialogues" in capsys.readouterr().out
+
+
+def test_more_fluency_is_better_less_loss_too_and_none_is_worst() -> None:
+    assert score(0.4, "fluency") > score(0.3, "fluency") > score(None, "fluency")
+    assert score(0.3, "loss") > score(0.4, "loss") > score(math.nan, "loss")
