@@ -200,7 +200,7 @@ async def _pictures(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="videollm-")))
         path, name = folder / "video", "video_url"
         await asyncio.to_thread(_fetch, asked.video.video_url.url, path, "video_url", ("video/",), guard, gateway)
-    await check_video(path, name, gateway.limits.video_pixels)
+    await check_video(path, name, gateway.limits)
     return pictures_of_video(path, fps, request.app.state.resolution_px)
 
 
@@ -208,7 +208,10 @@ async def _image(url: Url, number: int, guard: UrlGuard, gateway: Gateway) -> by
     with tempfile.TemporaryDirectory(prefix="videollm-") as folder:
         path = Path(folder) / "image"
         await asyncio.to_thread(_fetch, url.url, path, "image_url", ("image/",), guard, gateway)
-        data = path.read_bytes()
+        size, most = path.stat().st_size, gateway.bus.config.max_frame_bytes
+        if size > most:
+            raise ClientError("too_big", f"image {number} has {size} bytes, at most {most} are taken", "image_url")
+        data = await asyncio.to_thread(path.read_bytes)
     try:
         await asyncio.to_thread(check_image, data, gateway.limits.frame_pixels)
     except ValueError as error:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
 from serve.client_events import MOST_TOKENS, ClientError, SessionPatch, VideoTime, parse_patch
 from serve.recorded import Moment, Question
@@ -73,11 +73,18 @@ class VideoPart(Given):
 Part = Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]
 
 
+def _not_too_many(content: object) -> object:
+    """Before each part is looked at."""
+    if isinstance(content, list) and len(content) > MOST_PARTS:
+        raise ValueError(f"{len(content)} parts, at most {MOST_PARTS} are taken in one message")
+    return content
+
+
 class Message(Given):
     """What the user says and shows, or how the assistant should behave."""
 
     role: Literal["system", "developer", "user"]
-    content: Annotated[str, Field(min_length=1)] | Annotated[list[Part], Field(min_length=1, max_length=MOST_PARTS)]
+    content: Annotated[str | list[Part], Field(min_length=1), BeforeValidator(_not_too_many)]
     name: str | None = None
 
 

@@ -459,7 +459,9 @@ class Conversation:
             lag = time.monotonic() - received
             self.counts.lags.append(lag)
             self._totals.lags.append(lag)
-            self._meters.stage("total", lag)
+            self._meters.stage(
+                "total" if self.drop_policy == "latest" else "total_recorded", lag
+            )  # which waits on purpose
         self._frames.note_change()
 
     def _noted(self, through: float | None = None) -> str:

@@ -147,6 +147,8 @@ class HttpFile(io.RawIOBase):
         self._position = 0
         self._rest = b""
         self.broken: str | None = None
+        self.size: int | None = None  # where the server serves ranges
+        self.length: int | None = None  # where it says it
         self._open(0)
 
     def readable(self) -> bool:
@@ -162,8 +164,8 @@ class HttpFile(io.RawIOBase):
             except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException) as error:
                 self.broken = f"{type(error).__name__} {error}".strip()
                 raise OSError(self.broken) from None
-            if not self._rest and self.size is not None and self._position < self.size:
-                self.broken = f"it ended after {self._position} of {self.size} bytes"
+            if not self._rest and self.length is not None and self._position < self.length:
+                self.broken = f"it ended after {self._position} of {self.length} bytes"
         count = min(len(buffer), len(self._rest))
         buffer[:count] = self._rest[:count]
         self._rest = self._rest[count:]
@@ -192,13 +194,16 @@ class HttpFile(io.RawIOBase):
 
     def _open(self, start: int) -> None:
         self._rest, self._position = b"", start
+        if self.size is not None and start >= self.size:  # servers answer 416 there
+            self._chunks = iter([b""])
+            return
         seconds = self._guard.config.stream_s
         response = self._stack.enter_context(opened(self._guard, self._url, self._param, seconds, start))
         if start and response.status != 206:
             raise unreachable("the server ignores the range that was asked for", self._param)
         length, ranges = _header(response, b"content-length"), _header(response, b"accept-ranges")
-        known = length.isdigit() and (ranges == b"bytes" or response.status == 206)
-        self.size = start + int(length) if known else None
+        self.length = start + int(length) if length.isdigit() else None
+        self.size = self.length if ranges == b"bytes" or response.status == 206 else None
         self._chunks = response.iter_stream()
 
 

@@ -189,6 +189,8 @@ class Gateway:
     def _stats(self) -> dict[str, object]:
         return {
             "sessions": len(self._conversations),
+            # Nobody is connected for what the server reads itself.
+            "connections": len(self._conversations) - sum(one["status"] == "running" for one in self.streams()),
             "uptime_s": round(time.monotonic() - self.started, 1),
             "frames": self.totals.statistics().model_dump(),
             "streams": self.streams(),
@@ -208,7 +210,8 @@ class Gateway:
     async def draining_connections(self) -> int:
         """Sessions that gateways still show which were told to let their clients go, as they reported last."""
         gateways = [report.stats for report in await self.reports() if report.role == "gateway"]
-        return sum(int(str(stats["sessions"])) for stats in gateways if stats.get("draining") is not False)
+        draining = [stats for stats in gateways if stats.get("draining") is not False]
+        return sum(int(str(stats.get("connections", stats["sessions"]))) for stats in draining)
 
     async def free_place(self, conversation: Conversation) -> None:
         """The session is over, or was never begun."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 LIVE_FORMATS = f"{FORMATS},mjpeg,mpjpeg,rtsp,sdp,rtp"
 MOTION_JPEG = ("mjpeg", "mpjpeg")
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 15.0
+JUMP_S = 1.0  # by which times may go back, as those of pictures that are not shown in the order they come in
 HTTP_BUFFER = 1 << 16
 
 Kind = Literal["file", "http", "rtsp"]
@@ -60,6 +62,11 @@ class Source:
         """What went wrong with an HTTP connection that FFmpeg may not have told."""
         return self.http.broken if self.http else None
 
+    def close(self) -> None:
+        """End the HTTP connection, if there is one."""
+        if self.http is not None:
+            self.http.close()
+
     @classmethod
     def of(cls, text: str, guard: UrlGuard) -> Source:
         """A path or file:// URL in a listed folder, or a URL of a listed host. Raises ClientError."""
@@ -78,7 +85,7 @@ class Source:
         if self.kind == "http":
             file = self.http = HttpFile(self.guard, self.url, "source")
             reader = file if file.seekable() else _Forward(file)
-            return av.open(reader, "r", options=options, buffer_size=HTTP_BUFFER), file.size is not None
+            return av.open(reader, "r", options=options, buffer_size=HTTP_BUFFER), file.length is not None
         target = self.guard.check(self.url, "source", ("rtsp", "rtsps"))
         options = {
             "format_whitelist": LIVE_FORMATS,
@@ -101,6 +108,7 @@ class Ingest:
     stopped: Event = field(default_factory=Event)
     started: float = field(default_factory=time.monotonic)
     last: float = -1.0
+    due: float = 0.0  # when the next picture is wanted, so that their number follows `fps` whatever the source's rate
 
     def pictures(self) -> Iterator[tuple[float, bytes]]:
         """Video times with JPEGs. A source with an end comes at its own pace if `live`. Raises SourceError."""
@@ -109,9 +117,10 @@ class Ingest:
             before = self.last
             problem, over = "it ended", False
             try:
-                container, finite = self.source.open()
-                with container:
-                    yield from self._frames(container, finite)
+                with contextlib.closing(self.source):  # closing a container leaves a file of ours open
+                    container, finite = self.source.open()
+                    with container:
+                        yield from self._frames(container, finite)
                 over, problem = finite and not self.source.broken, self.source.broken or problem
             except (FFmpegError, OSError, ClientError) as error:
                 problem = self.source.broken or getattr(error, "strerror", None) or str(error)
@@ -145,16 +154,23 @@ class Ingest:
         timeless = not finite and container.format.name in MOTION_JPEG
         step = 1 / float(stream.guessed_rate or 25)
         origin: float | None = None
+        newest = 0.0
         at = -step
         for frame in _decoded(container, stream.index):
             if self.stopped.is_set():
                 return
             next_at = at + step if frame.time is None else frame.time  # some formats leave out the times of some
             at = time.monotonic() if timeless else next_at
-            origin = at if origin is None else origin
+            origin, newest = (at, at) if origin is None else (origin, newest)
+            if at < newest - JUMP_S:  # an encoder that began anew: its times do, too
+                log.warning("source=%s times jumped back by %.1f s", self.source.shown, newest - at)
+                base = self.last + 1 / self.fps if finite else time.monotonic() - self.started
+                origin = newest = at
+            newest = max(newest, at)
             video_time = max(0.0, at - origin) + base
-            if video_time < self.last + 1 / self.fps - 1e-6:
+            if video_time <= self.last or video_time < self.due - 1e-3:
                 continue
+            self.due = (math.floor(video_time * self.fps + 0.05) + 1) / self.fps
             if finite and self.live:
                 self.stopped.wait(max(0.0, self.started + video_time - time.monotonic()))
             self.last = video_time

@@ -26,7 +26,8 @@ class LimitsConfig(Section):
     a valid one. `*_per_s` are rates of one session, `*_burst` what may come at once.
     `upload_bytes` is for multipart bodies, `body_bytes` for others. A request's headers must be there within
     `headers_s`, a body within `body_s`, and no `send_s` may pass without a byte of it. `recordings` are recorded
-    videos that one gateway decodes at a time, `video_pixels` those of one of their pictures. `idle_s` is without
+    videos that one gateway decodes at a time, `video_pixels` those of one of their pictures, `video_s` how long one may
+    be by its own times. `idle_s` is without
     a word from either side.
     `send_s`, `outgoing_events` and `outgoing_bytes` are for clients that do not read.
     """
@@ -48,6 +49,7 @@ class LimitsConfig(Section):
     body_s: float = Field(default=900.0, gt=0)
     recordings: int = Field(default=8, ge=1)
     video_pixels: int = Field(default=4096 * 2304, ge=1)
+    video_s: float = Field(default=8 * 3600.0, gt=0)
     idle_s: float = Field(default=120.0, gt=0)
     total_s: float = Field(default=4 * 3600.0, gt=0)
     send_s: float = Field(default=20.0, gt=0)

@@ -29,6 +29,8 @@ class GatewayMeters(Meters):
         self._admitted = self.counter("frames_admitted", "Frames that got a number and went to the encoders")
         self._dropped = self.counter("frames_dropped", "Frames that were dropped before they got a number", ["reason"])
         self._errors = self.counter("errors", "Errors told to clients", ["code"])
+        for code in ("sessions_full", "no_capacity"):
+            self._errors.labels(code)  # from 0 on: an alert on the rate does not see a series that begins at 1
         self._reconnects = self.counter("ingest_reconnects", "Connections of server-side streams that were made again")
         self._requests = self.counter("http_requests", "HTTP requests answered", ["route", "status"])
 

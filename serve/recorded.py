@@ -24,6 +24,7 @@ from serve.client_events import ClientError
 from serve.conversation import Conversation
 from serve.errors import ApiError
 from serve.gateway import Gateway
+from serve.limits import LimitsConfig
 from serve.server_events import ServerEvent, failure
 
 log = logging.getLogger(__name__)
@@ -69,10 +70,14 @@ def pictures_of_images(images: Sequence[bytes], fps: float) -> Callable[[], Pict
     return lambda: iter([(index / fps, image) for index, image in enumerate(images)])
 
 
-async def check_video(path: Path, name: str, max_pixels: int) -> None:
-    """Raises ApiError (422), naming the client's `name`, for a file that is no video or too large a picture."""
+async def check_video(path: Path, name: str, limits: LimitsConfig) -> None:
+    """Raises ApiError (422), naming the client's `name`, for a file that is no video, too large a picture, too long."""
     try:
-        await asyncio.to_thread(probe, path, max_pixels)
+        video = await asyncio.to_thread(probe, path, limits.video_pixels)
+        if video.duration > limits.video_s:
+            raise VideoError(
+                f"{path} lasts {video.duration:.0f} s by its times, at most {limits.video_s:.0f} are taken"
+            )
     except VideoError as error:
         raise ApiError(422, "bad_video", str(error).replace(str(path), name), "video") from None
 

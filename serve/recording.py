@@ -90,7 +90,7 @@ class Recorder:
         self._path = folder / f"{session_id}.jsonl"
 
     def add(self, line: AnyLine) -> None:
-        with self._path.open("a") as file:
+        with self._path.open("a", encoding="utf-8") as file:
             file.write(line.model_dump_json() + "\n")
 
     def frame(self, video_time: float, image: bytes) -> None:
@@ -103,7 +103,7 @@ class Recorder:
 def read(path: Path) -> list[AnyLine]:
     """All lines of a recording, in order. Raises RecordingError."""
     lines = []
-    for number, text in enumerate(path.read_text().splitlines(), 1):
+    for number, text in enumerate(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"), 1):
         try:
             lines.append(_line.validate_json(text))
         except ValidationError as error:

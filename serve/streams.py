@@ -316,6 +316,11 @@ async def stream_events(
             text = f"Last-Event-ID is {last_event_id!r:.40}, expected the id of an event, below {meta.position}"
             raise ClientError("bad_position", text, "Last-Event-ID")
         after = int(last_event_id)
+        if after + 1 < meta.first_position:
+            text = (
+                f"Last-Event-ID is {after}, the log begins at {meta.first_position}: leave it out for all that is kept"
+            )
+            raise ClientError("resume_too_late", text, "Last-Event-ID")
     stream = await _one(gateway, client, stream_id)
     texts = _told(gateway, client, stream, meta, after)
     return EventStream(texts, AsyncExitStack(), gateway.limits.send_s)

@@ -58,7 +58,7 @@ async def videos(
     async with AsyncExitStack() as stack:
         stack.enter_context(slot(request))
         path = await stack.enter_async_context(stored(video))
-        await check_video(path, shown_name(video), gateway.limits.video_pixels)
+        await check_video(path, shown_name(video), gateway.limits)
         conversation = await stack.enter_async_context(opened(gateway, client, patch))
         asked = tuple(Question(text, at) for text, at in zip(question, times, strict=True))
         recording = Recording(pictures_of_video(path, fps, request.app.state.resolution_px), asked)

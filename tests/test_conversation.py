@@ -7,9 +7,12 @@ import base64
 import io
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import av
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -30,13 +33,14 @@ from serve.admission import NoCapacity, owned
 from serve.client_events import MOST_PROBLEMS, ClientError, parse_patch, parse_text
 from serve.conversation import Conversation
 from serve.counts import Counts
+from serve.errors import ApiError
 from serve.frame_buffer import FrameBuffer
 from serve.gateway import Gateway
 from serve.limits import LimitsConfig
 from serve.metrics import GatewayMeters
 from serve.outgoing import SlowReader
 from serve.realtime import Closing, Connection
-from serve.recorded import Question, Recording, _supply, pictures_of_images
+from serve.recorded import Question, Recording, _supply, check_video, pictures_of_images
 
 pytestmark = pytest.mark.anyio
 
@@ -354,3 +358,20 @@ async def test_a_slow_reader_is_closed_as_a_matter_of_policy(monkeypatch: pytest
     with pytest.raises(Closing, match="so many events wait") as closed:
         await connection.run()
     assert (closed.value.close_code, closed.value.code, closed.value.ends) == (1008, "slow_reader", False)
+
+
+async def test_a_video_that_is_too_long_by_its_own_times_is_refused(tmp_path: Path) -> None:
+    """Four pictures of a few kilobytes, the last of them a day later, are a day of frames."""
+    path = tmp_path / "clip.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height = 32, 32
+        for number in range(4):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 60 * number, np.uint8), format="rgb24")
+            frame.pts = number if number < 3 else 10 * 86_400
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    with pytest.raises(ApiError, match=r"upload lasts 86\d{3} s by its times, at most 28800 are taken") as refused:
+        await check_video(path, "upload", LimitsConfig())
+    assert refused.value.status_code == 422
+    await check_video(path, "upload", LimitsConfig(video_s=100_000))

@@ -9,7 +9,8 @@ import pytest
 from application import application
 from live_client import live, picture
 
-from serve.recording import RecordingError, read
+from actors.messages import SessionSettings
+from serve.recording import Finished, Opened, Recorder, RecordingError, read
 from serve.replay import difference, main, replay
 from serve.server_events import FrameDecided, ItemAdded, SessionCreated, SessionUpdated, TextDone
 
@@ -54,3 +55,12 @@ def test_what_is_no_recording_is_named(text: str, tmp_path: Path, capsys: pytest
         read(path)
     assert main([str(path)]) == 1
     assert "broken.jsonl" in capsys.readouterr().err
+
+
+def test_a_text_may_hold_any_line_separator(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, "s")
+    recorder.add(Opened(settings=SessionSettings(instructions="first\u2028second\x85third"), include=[]))
+    recorder.add(Finished())
+    (opened, _) = read(tmp_path / "s.jsonl")
+    assert isinstance(opened, Opened)
+    assert opened.settings.instructions == "first\u2028second\x85third"

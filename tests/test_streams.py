@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -345,6 +346,103 @@ def test_frames_without_a_time_come_one_after_another(
     source = Source("file", path.name, UrlGuard(SourcesConfig()), path=path)
     reader = Ingest(source, 10, 32, False, reconnected=lambda: None)
     assert [at for at, _ in reader.pictures()] == pytest.approx([number / 10 for number in range(12)])
+
+
+def reader_of(server: Server, path: str, fps: float = 2) -> Ingest:
+    allowed = {"hosts": [f"127.0.0.1:{server.port}"], "schemes": ["http"], "networks": ["127.0.0.1/32"]}
+    guard = UrlGuard(SourcesConfig.model_validate(allowed | {"reconnects": 1}))
+    return Ingest(Source.of(f"http://127.0.0.1:{server.port}{path}", guard), fps, 32, False, reconnected=lambda: None)
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+@pytest.mark.parametrize("kind", ["mp4", "ts"])
+def test_a_file_on_any_web_server_is_read_to_its_end_once(kind: str, ranges: bool, tmp_path: Path) -> None:
+    """Behind the last byte servers answer 416; many know no ranges and yet say how long a file is."""
+    path = tmp_path / f"clip.{kind}"
+    make_clip(path, 30)
+    body, server = path.read_bytes(), Server()
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        asked = handler.headers.get("Range") if ranges else None
+        first = int((asked or "bytes=0-").removeprefix("bytes=").partition("-")[0])
+        if first >= len(body):
+            handler.send_error(416)
+            return
+        handler.send_response(206 if asked else 200)
+        if ranges:
+            handler.send_header("Accept-Ranges", "bytes")
+        handler.send_header("Content-Length", str(len(body) - first))
+        handler.end_headers()
+        handler.wfile.write(body[first:])
+
+    server.answers["/clip"] = answer
+    reader = reader_of(server, "/clip")
+    try:
+        times = [at for at, _ in reader.pictures()]
+    finally:
+        server.close()
+    assert times == pytest.approx([0, 0.5, 1, 1.5, 2, 2.5], abs=0.05)
+    assert reader.source.broken is None
+
+
+def test_a_stopped_reader_leaves_no_connection_open() -> None:
+    picture, ended = encode_jpeg(np.zeros((32, 32, 3), np.uint8), 90), threading.Event()
+    server = Server()
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Type", "multipart/x-mixed-replace; boundary=part")
+        handler.end_headers()
+        head = f"--part\r\nContent-Type: image/jpeg\r\nContent-Length: {len(picture)}\r\n\r\n"
+        try:
+            while True:
+                handler.wfile.write(head.encode() + picture + b"\r\n")
+                time.sleep(0.02)
+        except OSError:
+            ended.set()
+
+    server.answers["/camera"] = answer
+    reader = reader_of(server, "/camera", fps=20)
+    pictures = reader.pictures()
+    try:
+        next(pictures)
+        reader.stopped.set()
+        assert next(pictures, None) is None
+        assert ended.wait(20)
+    finally:
+        server.close()
+
+
+def clip_at(path: Path, rate: int, count: int) -> Path:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=rate)
+        stream.width, stream.height = 32, 32
+        for number in range(count):
+            grey = np.full((32, 32, 3), number % 250, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize(("rate", "fps"), [(30, 30), (30, 15), (25, 10), (25, 2)])
+def test_as_many_pictures_are_taken_as_were_asked_for(rate: int, fps: int, tmp_path: Path) -> None:
+    path = clip_at(tmp_path / "clip.mkv", rate, 4 * rate)
+    source = Source("file", path.name, UrlGuard(SourcesConfig()), path=path)
+    times = [at for at, _ in Ingest(source, fps, 32, False, reconnected=lambda: None).pictures()]
+    assert len(times) == 4 * fps
+    assert times == pytest.approx([number / fps for number in range(4 * fps)], abs=1 / rate + 1e-3)
+
+
+def test_times_that_begin_anew_go_on(tmp_path: Path) -> None:
+    """As behind a relay whose encoder was started again."""
+    part = clip_at(tmp_path / "part.ts", 10, 30).read_bytes()
+    path = tmp_path / "both.ts"
+    path.write_bytes(part + part)
+    source = Source("file", path.name, UrlGuard(SourcesConfig()), path=path)
+    times = [at for at, _ in Ingest(source, 2, 32, False, reconnected=lambda: None).pictures()]
+    assert len(times) == pytest.approx(12, abs=1)
+    assert times == sorted(set(times))
+    assert times[-1] == pytest.approx(5.5, abs=0.6)
 
 
 def test_a_source_that_stays_away_is_given_up(tiny: dict[str, object], redis_url: str) -> None:

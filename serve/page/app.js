@@ -106,7 +106,7 @@ class Run {
     this.feed?.stop();
     this.connection?.close();
     for (const track of this.stream?.getTracks() ?? []) track.stop();
-    if (!this.isFile) player.srcObject = null;
+    if (this.stream && player.srcObject === this.stream) player.srcObject = null;
   }
 
   ask(text) {
@@ -218,6 +218,8 @@ class Run {
     if (id || code === "refused") transcript.refuse(id ?? param);
     if (code === "frame_skipped" && time !== undefined) {
       this.inFlight.settle(time);
+      this.decidedTo = Math.max(this.decidedTo, time); // a player that waits for the model goes on
+      this.hold();
       this.signal.notify();
     }
     if (code === "buffer_full") this.inFlight.most = Math.max(1, this.inFlight.most >> 1);

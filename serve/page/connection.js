@@ -5,7 +5,8 @@ const VERSION = 1;
 const FIRST_DELAY_MS = 250;
 const LONGEST_DELAY_MS = 8000;
 const FIRST_TRIES = 4; // of a connection that never was there
-const DEAD_MS = 15000; // without a word while bytes wait to be sent
+const QUIET_MS = 5000; // without a word while something is expected, after which the server is asked for one
+const ANSWER_MS = 10000; // for it to come, else the connection is dead
 const FULL = ["sessions_full", "too_many_sessions", "no_capacity"];
 const RESUMABLE = ["slow_reader", "going_away"];
 
@@ -35,6 +36,8 @@ export class Connection {
   #tries = 0;
   #timer = 0;
   #heard = 0;
+  #asked = null; // when the server was asked for a word
+  #watch = 0;
   #ending = false;
   #closed = false;
 
@@ -43,10 +46,23 @@ export class Connection {
     this.#key = key;
     this.#listener = listener;
     this.ready = false;
-    this.onOffline = () => this.#lost();
+    this.onOffline = () => this.#socket && this.#lost();
     this.onOnline = () => this.#hurry();
     addEventListener("offline", this.onOffline);
     addEventListener("online", this.onOnline);
+    this.#watch = setInterval(() => this.#check(), 1000);
+  }
+
+  /** A network may go away without a word: no close comes then, for many minutes. */
+  #check() {
+    const now = performance.now();
+    if (!this.ready) return;
+    if (this.#asked !== null) {
+      if (now - this.#asked > ANSWER_MS) this.#lost();
+    } else if (now - this.#heard > QUIET_MS && (this.#ending || this.#listener.inFlight.count)) {
+      this.#asked = now;
+      this.say({ type: "session.update", session: {} }); // changes nothing and is answered
+    }
   }
 
   /** Bytes that the network has not taken yet. */
@@ -55,6 +71,8 @@ export class Connection {
   }
 
   open() {
+    clearTimeout(this.#timer);
+    if (this.#closed || this.#socket) return;
     this.#error = null;
     const url = new URL(this.#url);
     if (this.#session) {
@@ -85,8 +103,7 @@ export class Connection {
   }
 
   frame(time, bytes) {
-    if (performance.now() - this.#heard > DEAD_MS && this.waitingBytes > 0) this.#lost();
-    else if (this.#socket?.readyState === WebSocket.OPEN) this.#socket.send(packFrame(time, bytes));
+    if (this.#socket?.readyState === WebSocket.OPEN) this.#socket.send(packFrame(time, bytes));
   }
 
   /** No more frames: the session ends once all is decided and answered. */
@@ -105,6 +122,7 @@ export class Connection {
 
   #receive(event) {
     this.#heard = performance.now();
+    this.#asked = null;
     if (event.position !== undefined && this.#known(event)) return;
     if (event.type === "session.created") {
       this.#tries = 0;
@@ -142,6 +160,7 @@ export class Connection {
     const socket = this.#socket;
     const error = this.#error;
     this.#socket = null;
+    this.#asked = null;
     this.ready = false;
     socket?.close();
     if (error?.code === "session_expired" && this.#position === null && this.#session) {
@@ -161,7 +180,8 @@ export class Connection {
     if (!this.#session && this.#tries >= FIRST_TRIES) {
       return this.#over("The server cannot be reached. Is it running, and is this its address?", "server");
     }
-    const delay = code === 1012 ? 0 : Math.min(LONGEST_DELAY_MS, FIRST_DELAY_MS * 2 ** (this.#tries - 1));
+    // A gateway that ends asks to come back at once; one that is still about to end asks again and again.
+    const delay = code === 1012 && this.#tries === 1 ? 0 : Math.min(LONGEST_DELAY_MS, FIRST_DELAY_MS * 2 ** (this.#tries - 1));
     this.#timer = setTimeout(() => this.open(), delay * (0.75 + Math.random() / 2));
   }
 
@@ -169,7 +189,8 @@ export class Connection {
   async #refusal() {
     try {
       const headers = this.#key ? { Authorization: `Bearer ${this.#key}` } : {};
-      return await fetch(new URL("models", this.#url.replace(/^ws/, "http")), { headers, cache: "no-store" });
+      const signal = AbortSignal.timeout(ANSWER_MS);
+      return await fetch(new URL("models", this.#url.replace(/^ws/, "http")), { headers, cache: "no-store", signal });
     } catch {
       return null;
     }
@@ -190,6 +211,7 @@ export class Connection {
     this.#closed = true;
     this.ready = false;
     clearTimeout(this.#timer);
+    clearInterval(this.#watch);
     removeEventListener("offline", this.onOffline);
     removeEventListener("online", this.onOnline);
   }
