@@ -110,7 +110,7 @@ def test_metrics_of_all_replicas_follow_a_session(url: str) -> None:
         ("encoder", "encode_queue"),
         ("encoder", "encode"),
         ("llm", "decide"),
-        ("gateway", "total"),
+        ("gateway", "total_recorded"),  # with `block` frames wait on purpose
     ]:
         assert gained[f"videollm_decision_latency_seconds_count role={role} stage={stage}"] == 6
     assert gained["videollm_responses_total role=llm"] >= 1
