@@ -459,9 +459,8 @@ class Conversation:
             lag = time.monotonic() - received
             self.counts.lags.append(lag)
             self._totals.lags.append(lag)
-            self._meters.stage(
-                "total" if self.drop_policy == "latest" else "total_recorded", lag
-            )  # which waits on purpose
+            waits = self.drop_policy == "block"  # on purpose: for its turn
+            self._meters.stage("total_recorded" if waits else "total", lag)
         self._frames.note_change()
 
     def _noted(self, through: float | None = None) -> str:

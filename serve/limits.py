@@ -27,8 +27,7 @@ class LimitsConfig(Section):
     `upload_bytes` is for multipart bodies, `body_bytes` for others. A request's headers must be there within
     `headers_s`, a body within `body_s`, and no `send_s` may pass without a byte of it. `recordings` are recorded
     videos that one gateway decodes at a time, `video_pixels` those of one of their pictures, `video_s` how long one may
-    be by its own times. `idle_s` is without
-    a word from either side.
+    be by its own times. `idle_s` is without a word from either side.
     `send_s`, `outgoing_events` and `outgoing_bytes` are for clients that do not read.
     """
 
