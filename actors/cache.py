@@ -109,6 +109,19 @@ def try_lock(handle: int) -> bool:
 
 
 @contextmanager
+def alone_in(folder: Path, refusal: Exception) -> Iterator[None]:
+    """The lock of a folder, which is made if it is not there. Raises `refusal` while another process has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        if not try_lock(handle):
+            raise refusal
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold an advisory lock; wait for it."""
     try:

@@ -5,7 +5,6 @@ All is written into folders that only get their names when everything is complet
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from ray.data._internal.execution.interfaces import TaskContext
 from ray.data.block import Block, BlockAccessor
 from ray.data.datasource.datasink import WriteResult
 
-from actors.cache import try_lock
+from actors.cache import alone_in
 from actors.config import ConfigError
 from jobs.coverage import Outcome, Result
 from jobs.dialogue_files import PARQUET, Origin, write_parquet
@@ -80,16 +79,10 @@ def alone(folder: Path) -> Iterator[None]:
 
     Raises ConfigError while another program holds it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        if not try_lock(handle):
-            raise ConfigError(f"another program is writing dialogues to {folder}: wait until it ends")
+    with alone_in(folder, ConfigError(f"another program is writing dialogues to {folder}: wait until it ends")):
         for stale in (path for name in (".*.part-*", ".quarantine-*") for path in folder.glob(name)):
             if stale.is_dir():
                 shutil.rmtree(stale, ignore_errors=True)
             else:
                 stale.unlink()
         yield
-    finally:
-        os.close(handle)

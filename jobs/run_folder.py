@@ -6,7 +6,6 @@ beside and renamed. A folder is complete when its last file is there.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -16,7 +15,7 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.arrow import ArrowFSWrapper
 from fsspec.implementations.local import LocalFileSystem
 
-from actors.cache import try_lock, write_whole
+from actors.cache import alone_in, write_whole
 from actors.config import ConfigError
 from actors.remote import file_system, is_remote
 
@@ -81,16 +80,9 @@ class RunFolder:
         if self.remote:
             yield
             return
-        Path(self.path).mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.path, os.O_RDONLY)
-        try:
-            if not try_lock(handle):
-                raise ConfigError(
-                    f"another program is training the run {self}: wait until it ends, or give another training.name"
-                )
+        text = f"another program is training the run {self}: wait until it ends, or give another training.name"
+        with alone_in(Path(self.path), ConfigError(text)):
             yield
-        finally:
-            os.close(handle)
 
     def for_ray(self) -> tuple[str, pyarrow.fs.FileSystem | None]:
         """Path and file system as Ray Train takes them."""

@@ -73,6 +73,16 @@ async def open_response(bus: Bus, session_id: str, first: int, behind: int) -> t
     return None
 
 
+async def end_at_once(
+    bus: Bus, session_id: str, after_seq: int, speaking: str | None, connection: int | None = None
+) -> None:
+    """End the input and cut whatever is spoken: by now, or the response `speaking` by who takes the session over."""
+    with suppress_gone():
+        await bus.send(session_id, End(after_seq=after_seq), connection)
+        for response_id in {None, speaking}:
+            await bus.send(session_id, Interrupt(after_seq=after_seq, response_id=response_id), connection)
+
+
 class Conversation:
     """A session from its first message, or from where its client comes back, to its last event.
 
@@ -194,13 +204,15 @@ class Conversation:
             text = f"after is {after}, the log of session {session_id!r} ends at {meta.position - 1}"
             raise BusError("bad_position", text)
         self.settings, self.opened, self.resumable = meta.settings, True, True
-        if meta.preferences:
-            known = Preferences.model_validate_json(meta.preferences)
+        known = Preferences.model_validate_json(meta.preferences) if meta.preferences else None
+        if known is not None:
             self.settings, self.include, self.opened_at = known.settings, frozenset(known.include), known.opened
             self._frames.policy = known.drop_policy
-            self._in_force, self._answered, self._changes = known.in_force, known.answered, known.changes or 0
+            self._in_force = known.in_force
         self._in_force = self._in_force or self.settings
-        if not meta.preferences or known.changes is None:  # noted by a gateway of an older version, or not at all
+        if known is not None and known.changes is not None:
+            self._answered, self._changes = known.answered, known.changes
+        else:  # noted by a gateway of an older version, or not at all
             self._answered, self._changes = self._after, int(self.settings != self._in_force)
         noted = NotedCounts.model_validate_json(meta.counts or "{}")
         self._frames.continue_after(max(meta.time, noted.through))
@@ -284,7 +296,8 @@ class Conversation:
 
     async def interrupt(self, response_id: str | None = None) -> None:
         """Stop that response, or the one that is being spoken."""
-        await self._say(self._interrupt(response_id or self._speaking))
+        named = response_id or self._speaking
+        await self._say(Interrupt(after_seq=self.counts.admitted - 1, response_id=named))
 
     def finish(self) -> None:
         """No more frames: `feed` sends the end once those that wait are admitted."""
@@ -296,10 +309,7 @@ class Conversation:
         self._frames.clear()
         if not self.opened or self.ended or self.taken.is_set() or await self._bus.abandon(self.id, reason):
             return
-        with suppress_gone():
-            await self._bus.send(self.id, End(after_seq=self.counts.admitted - 1), self._connection)
-            for response_id in {None, self._speaking}:  # whatever is spoken by now, or by who takes the session over
-                await self._bus.send(self.id, self._interrupt(response_id), self._connection)
+        await end_at_once(self._bus, self.id, self.counts.admitted - 1, self._speaking, self._connection)
 
     async def note_counts(self) -> None:
         """Keep the counts for the gateway where the client may come back, before it is told them."""
@@ -421,9 +431,6 @@ class Conversation:
         behind = self._after + 1
         started = await open_response(self._bus, self.id, self._first, behind)
         return behind if started is None else started[0]
-
-    def _interrupt(self, response_id: str | None) -> Interrupt:
-        return Interrupt(after_seq=self.counts.admitted - 1, response_id=response_id)
 
     async def _say(self, message: Query | Interrupt | SettingsChange) -> None:
         """Send input to the model. Raises ClientError when it is too much or too large."""

@@ -23,13 +23,13 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
 
 from actors.bus import BusError, SessionMeta
-from actors.messages import End, Interrupt, Query
+from actors.messages import Query
 from actors.messages import SessionEnded as SessionEndedEntry
 from actors.tasks import end_all
 from serve.access import Client, TheGateway
 from serve.admission import NoCapacity, owned
 from serve.client_events import ClientError, SessionPatch, VideoTime, check_time, is_number
-from serve.conversation import Conversation, open_response, suppress_gone
+from serve.conversation import Conversation, end_at_once, open_response
 from serve.errors import ApiError, described
 from serve.gateway import Gateway
 from serve.ingest import Ingest, Source, SourceError
@@ -272,11 +272,8 @@ async def delete_stream(gateway: TheGateway, client: Client, stream_id: str) -> 
     await _one(gateway, client, stream_id)
     meta = await _meta(gateway, client, stream_id)
     if meta.state != "ended" and not await gateway.bus.abandon(stream_id, "stream deleted"):
-        with suppress_gone():
-            started = await open_response(gateway.bus, stream_id, meta.first_position, meta.position)
-            await gateway.bus.send(stream_id, End(after_seq=meta.admitted - 1))
-            for response_id in {None, started and started[1].response_id}:
-                await gateway.bus.send(stream_id, Interrupt(after_seq=meta.admitted - 1, response_id=response_id))
+        started = await open_response(gateway.bus, stream_id, meta.first_position, meta.position)
+        await end_at_once(gateway.bus, stream_id, meta.admitted - 1, started and started[1].response_id)
     return Deleted(id=stream_id)
 
 

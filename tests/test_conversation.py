@@ -7,6 +7,7 @@ import base64
 import io
 import json
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -118,14 +119,37 @@ def conversation_over(bus: Log, bulk: bool = False) -> Conversation:
     )
 
 
-async def followed(conversation: Conversation) -> asyncio.Task[None]:
+@asynccontextmanager
+async def followed(conversation: Conversation) -> AsyncIterator[Conversation]:
+    """A conversation whose events somebody reads meanwhile."""
+
     async def follow() -> None:
         async for _ in conversation.events():
             pass
 
     task = asyncio.create_task(follow())
     await asyncio.sleep(0.01)
-    return task
+    try:
+        yield conversation
+    finally:
+        task.cancel()
+
+
+@asynccontextmanager
+async def opened(bus: Log) -> AsyncIterator[Conversation]:
+    conversation = conversation_over(bus)
+    await conversation.open()
+    async with followed(conversation):
+        yield conversation
+
+
+@asynccontextmanager
+async def resumed(bus: Log, after: int | None = None) -> AsyncIterator[Conversation]:
+    """The same session, where another gateway goes on with it."""
+    conversation = conversation_over(bus)
+    await conversation.resume("sess_x", after)
+    async with followed(conversation):
+        yield conversation
 
 
 async def change(conversation: Conversation, **patch: object) -> None:
@@ -144,24 +168,18 @@ async def decide(bus: Log, conversation: Conversation) -> None:
 
 async def test_an_entry_that_is_read_again_answers_no_later_change() -> None:
     bus = Log()
-    first = conversation_over(bus)
-    await first.open()
-    reading = await followed(first)
-    await change(first, video={"threshold": 0.5})
-    await bus.put(SettingsApplied(settings=bus.changes[0]))
-    await change(first, instructions="Watch the door.")
-    reading.cancel()
-    second = conversation_over(bus)
-    await second.resume("sess_x", None)
-    reading = await followed(second)
-    await bus.put(SettingsApplied(settings=bus.changes[0]), at=0)
-    assert second.settings.instructions == "Watch the door."
-    await change(second, max_output_tokens=7)
-    assert bus.changes[-1].instructions == "Watch the door."
-    for settings in bus.changes[1:]:
-        await bus.put(SettingsApplied(settings=settings))
-    assert second.settings == bus.changes[-1]
-    reading.cancel()
+    async with opened(bus) as first:
+        await change(first, video={"threshold": 0.5})
+        await bus.put(SettingsApplied(settings=bus.changes[0]))
+        await change(first, instructions="Watch the door.")
+    async with resumed(bus) as second:
+        await bus.put(SettingsApplied(settings=bus.changes[0]), at=0)
+        assert second.settings.instructions == "Watch the door."
+        await change(second, max_output_tokens=7)
+        assert bus.changes[-1].instructions == "Watch the door."
+        for settings in bus.changes[1:]:
+            await bus.put(SettingsApplied(settings=settings))
+        assert second.settings == bus.changes[-1]
 
 
 async def test_all_changes_under_way_are_counted_after_a_reconnect() -> None:
@@ -170,45 +188,36 @@ async def test_all_changes_under_way_are_counted_after_a_reconnect() -> None:
     await first.open()
     await change(first, video={"threshold": 0.5})
     await change(first, instructions="Watch the door.")
-    second = conversation_over(bus)
-    await second.resume("sess_x", None)
-    reading = await followed(second)
-    await bus.put(SettingsApplied(settings=bus.changes[0]))
-    await change(second, max_output_tokens=7)
-    assert (bus.changes[-1].instructions, bus.changes[-1].threshold) == ("Watch the door.", 0.5)
-    reading.cancel()
+    async with resumed(bus) as second:
+        await bus.put(SettingsApplied(settings=bus.changes[0]))
+        await change(second, max_output_tokens=7)
+        assert (bus.changes[-1].instructions, bus.changes[-1].threshold) == ("Watch the door.", 0.5)
 
 
 async def test_a_setting_there_and_back_ends_as_it_was_chosen_last() -> None:
     bus = Log()
-    conversation = conversation_over(bus)
-    await conversation.open()
-    reading = await followed(conversation)
-    for threshold in (0.5, 0.6, 0.5):
-        await change(conversation, video={"threshold": threshold})
-    await bus.put(*(SettingsApplied(settings=settings) for settings in bus.changes[:2]))
-    assert conversation.settings.threshold == 0.5
-    await change(conversation, max_output_tokens=7)
-    await bus.put(*(SettingsApplied(settings=settings) for settings in bus.changes[2:]))
-    assert (conversation.settings.threshold, conversation.settings.max_response_tokens) == (0.5, 7)
-    reading.cancel()
+    async with opened(bus) as conversation:
+        for threshold in (0.5, 0.6, 0.5):
+            await change(conversation, video={"threshold": threshold})
+        await bus.put(*(SettingsApplied(settings=settings) for settings in bus.changes[:2]))
+        assert conversation.settings.threshold == 0.5
+        await change(conversation, max_output_tokens=7)
+        await bus.put(*(SettingsApplied(settings=settings) for settings in bus.changes[2:]))
+        assert (conversation.settings.threshold, conversation.settings.max_response_tokens) == (0.5, 7)
 
 
 async def test_no_more_changes_wait_than_may_and_a_refused_one_is_taken_back() -> None:
     bus = Log()
-    conversation = conversation_over(bus)
-    await conversation.open()
-    reading = await followed(conversation)
-    for number in range(4):
-        await change(conversation, max_output_tokens=10 + number)
-    with pytest.raises(ClientError, match="4 changes of settings wait already"):
+    async with opened(bus) as conversation:
+        for number in range(4):
+            await change(conversation, max_output_tokens=10 + number)
+        with pytest.raises(ClientError, match="4 changes of settings wait already"):
+            await change(conversation, max_output_tokens=99)
+        assert conversation.settings.max_response_tokens == 13
+        await bus.put(*(SettingsApplied(settings=settings) for settings in bus.changes[:3]))
+        await bus.put(InputRefused(query_id=None, reason="no"))
+        assert conversation.settings == bus.changes[2]
         await change(conversation, max_output_tokens=99)
-    assert conversation.settings.max_response_tokens == 13
-    await bus.put(*(SettingsApplied(settings=settings) for settings in bus.changes[:3]))
-    await bus.put(InputRefused(query_id=None, reason="no"))
-    assert conversation.settings == bus.changes[2]
-    await change(conversation, max_output_tokens=99)
-    reading.cancel()
 
 
 async def test_of_more_questions_than_may_wait_each_is_asked_once_there_is_room() -> None:
@@ -306,46 +315,34 @@ async def test_a_session_that_is_never_taken_again_is_refused() -> None:
 
 async def test_notes_of_an_older_gateway_answer_nothing_that_was_told() -> None:
     bus = Log()
-    old = conversation_over(bus)
-    await old.open()
-    reading = await followed(old)
-    await change(old, video={"threshold": 0.5})
-    await bus.put(SettingsApplied(settings=bus.changes[0]))
-    await change(old, instructions="Watch the door.")
-    reading.cancel()
+    async with opened(bus) as old:
+        await change(old, video={"threshold": 0.5})
+        await bus.put(SettingsApplied(settings=bus.changes[0]))
+        await change(old, instructions="Watch the door.")
     notes = json.loads(bus.notes["preferences"])
     del notes["changes"], notes["answered"]
     bus.notes["preferences"] = json.dumps(notes)
-    heir = conversation_over(bus)
-    await heir.resume("sess_x", 0)
-    reading = await followed(heir)
-    await bus.put(SettingsApplied(settings=bus.changes[0]), at=0)
-    assert heir.settings.instructions == "Watch the door."
-    reading.cancel()
+    async with resumed(bus, 0) as heir:
+        await bus.put(SettingsApplied(settings=bus.changes[0]), at=0)
+        assert heir.settings.instructions == "Watch the door."
 
 
 async def test_a_cancellation_names_the_response_it_is_for() -> None:
     bus = Log()
-    conversation = conversation_over(bus)
-    await conversation.open()
-    reading = await followed(conversation)
-    await bus.put(ResponseStarted(response_id="r2", query_id=None, seq=0, time=0.0))
-    await conversation.interrupt("r1")
-    await conversation.interrupt()
-    assert [message.response_id for message in bus.sent if isinstance(message, Interrupt)] == ["r1", "r2"]
-    reading.cancel()
+    async with opened(bus) as conversation:
+        await bus.put(ResponseStarted(response_id="r2", query_id=None, seq=0, time=0.0))
+        await conversation.interrupt("r1")
+        await conversation.interrupt()
+        assert [message.response_id for message in bus.sent if isinstance(message, Interrupt)] == ["r1", "r2"]
 
 
 async def test_who_leaves_ends_the_input_and_cuts_whatever_is_spoken() -> None:
     bus = Log()
-    conversation = conversation_over(bus)
-    await conversation.open()
-    reading = await followed(conversation)
-    await bus.put(ResponseStarted(response_id="r2", query_id=None, seq=0, time=0.0))
-    await conversation.leave()
-    assert isinstance(bus.sent[0], End)
-    assert {message.response_id for message in bus.sent if isinstance(message, Interrupt)} == {None, "r2"}
-    reading.cancel()
+    async with opened(bus) as conversation:
+        await bus.put(ResponseStarted(response_id="r2", query_id=None, seq=0, time=0.0))
+        await conversation.leave()
+        assert isinstance(bus.sent[0], End)
+        assert {message.response_id for message in bus.sent if isinstance(message, Interrupt)} == {None, "r2"}
 
 
 async def test_a_slow_reader_is_closed_as_a_matter_of_policy(monkeypatch: pytest.MonkeyPatch) -> None:
