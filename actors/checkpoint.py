@@ -356,5 +356,6 @@ def _loaded(
 
 
 def _fingerprint(config: ModelConfig, llm_digest: str, parts: Parts, features: str) -> str:
-    covered = [llm_digest, parts.digest, features, config.frames.model_dump_json(), config.system_prompt]
+    frames = config.frames.model_dump_json(exclude={"fit"})  # which `features` says
+    covered = [llm_digest, parts.digest, features, frames, config.system_prompt]
     return f"{Path(config.llm).name}/{combine(covered)}"

@@ -52,13 +52,18 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+Fit = Literal["pad", "crop"]
+
+
 class FrameConfig(Section):
     """What one frame becomes: an optional CLS token, a pooled grid (height, width), a separator.
 
-    `live1` is one CLS token and no separator; `live1plus` is CLS + 3x3 and "," between frames.
+    `live1` is one CLS token and no separator; `live1plus` is CLS + 3x3 and "," between frames. A picture becomes a
+    square by `fit`: all of it between black bars (`pad`, as the paper's code does), or its middle (`crop`).
     """
 
     resolution_px: int = Field(gt=0)
+    fit: Fit = "pad"
     cls: bool = True
     pooled: tuple[int, int] | None = None
     separator: str = ""

@@ -258,7 +258,7 @@ class EncoderWorker:
             pixels = decode_image(pending.frame.image, self.config.max_image_pixels)
         except ValueError as error:
             return Picture(pending, None, str(error))
-        return Picture(pending, fit_square(pixels, self.encoder.frames.resolution_px))
+        return Picture(pending, fit_square(pixels, self.encoder.frames.resolution_px, self.encoder.frames.fit))
 
     async def _answers(self, batch: list[Picture], thread: ThreadPoolExecutor) -> list[Answer]:
         """What to publish for a batch. A frame that fails by itself gets no answer and is delivered again."""

@@ -23,6 +23,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
+from actors.config import Fit
 from actors.video_file import FORMATS, MAX_PIXELS, VideoError, VideoFile, decode, decode_from, inspect
 
 __all__ = ["FORMATS", "VideoError", "VideoFrame", "VideoInfo", "encode_jpeg", "fit_square", "probe", "read_frames"]
@@ -76,8 +77,9 @@ def read_frames(
     start: float = 0,
     stop: float | None = None,
     backend: Backend | None = None,
+    fit: Fit = "pad",
 ) -> Iterator[VideoFrame]:
-    """The ticks with start <= time < stop, each frame padded to a square of `resolution_px`.
+    """The ticks with start <= time < stop, each frame made a square of `resolution_px` by `fit` (`fit_square`).
 
     Ticks count from the beginning of the video whatever `start` is. Raises VideoError at the first
     step when there is nothing to read; damage further on ends the frames early, with a warning.
@@ -94,12 +96,21 @@ def read_frames(
         time = clock.time(tick)
         if stop is not None and time >= stop:
             return
-        yield VideoFrame(tick, time, fit_square(image, resolution_px))
+        yield VideoFrame(tick, time, fit_square(image, resolution_px, fit))
 
 
-def fit_square(image: np.ndarray, resolution_px: int) -> np.ndarray:
-    """`image` (H, W, 3) with its larger side scaled to `resolution_px`, centred on black: (R, R, 3)."""
+def fit_square(image: np.ndarray, resolution_px: int, fit: Fit = "pad") -> np.ndarray:
+    """`image` (H, W, 3) as a square (R, R, 3) of `resolution_px`.
+
+    `pad` scales its larger side and centres it on black; `crop` scales its smaller side and keeps the middle.
+    """
     height, width = image.shape[:2]
+    if fit == "crop":
+        side = min(height, width)
+        left, top = (width - side) / 2, (height - side) / 2
+        box = (left, top, left + side, top + side)
+        size = (resolution_px, resolution_px)
+        return np.array(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC, box=box))
     scale = resolution_px / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     scaled = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)

@@ -31,6 +31,9 @@ FORMATS = (
 
 MAX_PIXELS = 8192 * 4320  # of one picture; an uncompressed one of this size takes 106 MB
 
+LONG_PAUSE_S = 60.0
+JUMP_BACK_S = 5.0  # farther than any codec keeps pictures back
+
 # Containers with an index of key frames; seeking in others can land in the middle of one.
 INDEXED_FORMATS = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi"}
 
@@ -93,6 +96,7 @@ def inspect(path: Path, max_pixels: int = MAX_PIXELS) -> VideoFile:
         log.warning(
             "video=%s truncated frames=%d duration=%.1f declared=%.1f", path, frames, length * time_base, declared
         )
+    _warn_of_jumps(path, np.asarray(stamps, np.int64), time_base)
     turned = frame.rotation % 180 != 0
     return VideoFile(
         path=path,
@@ -108,6 +112,18 @@ def inspect(path: Path, max_pixels: int = MAX_PIXELS) -> VideoFile:
         height=frame.width if turned else frame.height,
         quarter_turns=round(frame.rotation / 90),
     )
+
+
+def _warn_of_jumps(path: Path, stamps: np.ndarray, time_base: Fraction) -> None:
+    """Of a recorder that was off for a while, and of recordings put one behind the other; `stamps` as in the file."""
+    if len(stamps) < 2:
+        return
+    pause = float(np.diff(np.sort(stamps)).max() * time_base)
+    if pause > LONG_PAUSE_S:
+        log.warning("video=%s pause_s=%.1f the picture before it is shown for so long", path, pause)
+    back = float((np.maximum.accumulate(stamps) - stamps).max() * time_base)
+    if back > JUMP_BACK_S:
+        log.warning("video=%s clock_back_s=%.1f pictures of times that have been shown are left out", path, back)
 
 
 def decode_from(path: Path, stamp: int) -> Iterator[tuple[av.VideoFrame, int]]:

@@ -85,7 +85,8 @@ def feature_fingerprint(vision: str, weights: str, frames: FrameConfig) -> str:
     """
     grid = "x".join(map(str, frames.pooled)) if frames.pooled else ""
     tokens = "+".join(part for part in ("cls" if frames.cls else "", grid) if part)
-    return f"{Path(vision).name}/{frames.resolution_px}px/{tokens}/{weights}"
+    fit = "" if frames.fit == "pad" else f"-{frames.fit}"
+    return f"{Path(vision).name}/{frames.resolution_px}px{fit}/{tokens}/{weights}"
 
 
 def check_safetensors(path: Path) -> None:

@@ -85,7 +85,7 @@ class DataBenchmark:
 
     def stages(self) -> Stages:
         """CPU seconds a frame of decoding and of encoding, each alone on one thread."""
-        pixels = self.config.model.frames.resolution_px
+        pixels, fit = self.config.model.frames.resolution_px, self.config.model.frames.fit
         settings = self.config.section("encoder", EncoderConfig)
         encoder = FrameEncoder(self.config.model, settings.device, threads=1)
         size = self.settings.batch_size
@@ -94,7 +94,8 @@ class DataBenchmark:
         decoded = 0
         for video in self.videos:
             start = time.process_time()
-            frames = [frame.image for frame in islice(read_frames(video, self.fps, pixels), self.amount.stage_frames)]
+            ticks = read_frames(video, self.fps, pixels, fit=fit)
+            frames = [frame.image for frame in islice(ticks, self.amount.stage_frames)]
             decode_s += time.process_time() - start
             decoded += len(frames)
             start = time.process_time()

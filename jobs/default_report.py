@@ -121,6 +121,7 @@ class Reporter:
         if config.model.frames.pooled is None:
             raise ConfigError("model.frames.pooled is null, expected the grid that the default was trained with")
         self.pooled = config.model.frames.pooled
+        self.fit = config.model.frames.fit
         self.encoder = FrameEncoder(config.model, threads=engine.threads)
         self.classifier = Classifier(load_embedded())
         loaded = load_model(config)
@@ -329,7 +330,7 @@ def _samples(reporter: Reporter, folder: Path, change: float) -> dict[str, objec
     said, tokens, events, heard = list[list[Said]](), list[Tensor](), list[list[Event]](), dict[str, object]()
     for file in sorted(folder.glob("*.events.json")):
         video = file.with_name(file.name.removesuffix(".events.json") + ".mp4")
-        one = reporter.encode(frame for _, _, frame in read_frames(video, fps=FPS, resolution_px=SIDE))
+        one = reporter.encode(frame for _, _, frame in read_frames(video, FPS, SIDE, fit=reporter.fit))
         spoken = narration(reporter.play([one])[0])
         heard[video.name] = [f"{s.time:.1f} {s.text}" for s in spoken]
         said.append(spoken)

@@ -28,6 +28,7 @@ def take_over(path: Path, store: FrameStore, model: ModelConfig, video_id: str, 
     made = {
         "fps": (folder.fps, store.info.fps),
         "resolution_px": (folder.resolution_px, model.frames.resolution_px),
+        "fit": ("pad", model.frames.fit),
         "tokens a frame": (folder.num_tokens, store.info.num_tokens),
         "encoder": (Path(folder.encoder).name, Path(model.vision).name.split("--")[-1]),
     }

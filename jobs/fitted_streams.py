@@ -13,10 +13,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from jobs.class_fields import Aim, Place, fitted
 from jobs.drawn_things import drawn_kinds
-from jobs.made_streams import RECOGNISED, SURE, StreamMaker
+from jobs.made_streams import RECOGNISED, SURE, Happenings, StreamMaker
 from jobs.object_names import ELUSIVE
 
 SEEN = 0.25  # a name is in view from this probability on, where the thing was put there
@@ -37,27 +38,36 @@ class FittedMaker(StreamMaker):
         self,
         fields: Tensor,
         name: int,
-        blended: float,
+        what: Happenings,
         cut: bool,
         random: np.random.Generator,
         torch_random: torch.Generator,
     ) -> tuple[Tensor, list[str]]:
-        places = [name, *self._alike(name, blended, random)]
-        return self._with_any(fields, places, cut, random, torch_random), [self.classifier.names[p] for p in places]
-
-    def _alike(self, name: int, share: float, random: np.random.Generator) -> list[int]:
-        """For that share another name of the same kind: what comes is then hard to tell from either."""
         kind = self.kinds.get(self.classifier.names[name])
-        if kind is None or not share or random.random() >= share:
-            return []
-        of_kind = self._of_kind(kind)
-        return [of_kind[int(random.integers(len(of_kind)))]]
+        if kind is None or not what.blended or random.random() >= what.blended:
+            places = [name]
+            changed = self._with_any(fields, places, cut, random, torch_random)
+        elif what.blends is None:
+            of_kind = self._of_kind(kind)
+            places = [name, of_kind[int(random.integers(len(of_kind)))]]
+            changed = self._with_any(fields, places, cut, random, torch_random)
+        else:
+            classes = self._some_of_kind(kind, what.blends, random)
+            places = sorted({int(self.classifier.places[one]) for one in classes})
+            changed = self._with_any(fields, places, cut, random, torch_random, classes=classes)
+        return changed, [self.classifier.names[place] for place in places]
+
+    def _some_of_kind(self, kind: str, count: tuple[int, int], random: np.random.Generator) -> list[int]:
+        """Classes, not names: what resembles many animals resembles many breeds of dogs."""
+        all_of_kind = sorted(one for place in self._of_kind(kind) for one in self.classifier.classes[place])
+        wanted = int(random.integers(count[0], count[1] + 1))
+        return [int(one) for one in random.choice(all_of_kind, min(wanted, len(all_of_kind)), replace=False)]
 
     def _called(self, words: Sequence[str], seen: Sequence[str | None], chances: Tensor) -> list[str | None]:
         """What a thing that was put in is called while it is there.
 
         That is its name if it is often seen, which then stays while the classifier gives it half of SEEN. What may be
-        either of two `words` of a kind goes by its kind, unless the classifier is sure of one of them.
+        one of several `words` of a kind goes by its kind, unless the classifier is sure of one of them.
         """
         word = max(words, key=lambda one: sum(name == one for name in seen))
         chance = chances[:, self.places[word]]
@@ -114,19 +124,26 @@ class FittedMaker(StreamMaker):
         random: np.random.Generator,
         torch_random: torch.Generator,
         aims: tuple[float, float] = AIMS,
+        classes: Sequence[int] = (),
     ) -> Tensor:
-        """The fields with a thing of that name, or one that may be either of two, fitted into its place."""
+        """The fields with a thing of that name, or one that may be one of several, fitted into its place.
+
+        With `classes` it looks as much like each of them; without, like each of the names.
+        """
         count = len(fields)
         looks = [int(self.by_name[name][int(random.integers(len(self.by_name[name])))]) for name in names]
         look = LOOK * self.material.things[looks].float().mean(0)
         strength, amount = self._there(count, cut, random, torch_random)
         some = [count // 3, 2 * count // 3]
-        wanted = torch.stack([torch.eq(self.classifier.places, name) for name in names])[None]
+        if classes:
+            wanted = F.one_hot(torch.tensor(classes), len(self.classifier.places)).bool()[None]
+        else:
+            wanted = torch.stack([torch.eq(self.classifier.places, name) for name in names])[None]
         aim = Aim(wanted, torch.tensor([random.uniform(*aims)]), torch.tensor([10 ** -random.uniform(2, 3)]))
         place = Place(fields[some][None], amount[some][None])
         thing = fitted(self.classifier, self.material.natural, place, look[None], aim, FIT_STEPS)
         placed = strength[:, None, None] * amount * thing
-        for gain in GAINS if aims == AIMS else (1.0,):
+        for gain in GAINS if aims == AIMS and not classes else (1.0,):
             changed = fields + gain * placed
             _, seen = self.classifier.named(self.classifier.features(changed).mean(1))
             if float(torch.isin(seen, torch.tensor(names)).sum()) >= RECOGNISED * count:

@@ -18,7 +18,7 @@ import ray.data
 import torch
 from pydantic import Field
 
-from actors.config import ModelConfig, Section
+from actors.config import Fit, ModelConfig, Section
 from actors.encoder import EncoderConfig, FrameEncoder
 from actors.video import VideoError, probe, read_frames
 from jobs.extents import frames_in
@@ -69,6 +69,7 @@ def encoded_chunks(
         decoded_chunks,
         fps=fps,
         resolution_px=model.frames.resolution_px,
+        fit=model.frames.fit,
         size=settings.batch_size,
         cache=settings.cache,
     )
@@ -103,7 +104,9 @@ def num_encoders(settings: StoreConfig) -> int:
     return max(1, int(resources.get("CPU", 1)))
 
 
-def decoded_chunks(batch: Row, fps: float, resolution_px: int, size: int, cache: str | None = None) -> Iterator[Row]:
+def decoded_chunks(
+    batch: Row, fps: float, resolution_px: int, fit: Fit, size: int, cache: str | None = None
+) -> Iterator[Row]:
     """The chunks of one video; the last one says so, and what was wrong."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")  # which decoder took over is worth knowing
     name, path = str(batch["video_id"][0]), str(batch["path"][0])
@@ -111,7 +114,7 @@ def decoded_chunks(batch: Row, fps: float, resolution_px: int, size: int, cache:
     waiting: Row | None = None  # a chunk is known to be the last one only when no other follows
     try:
         with local_copy(path, cache) as file:
-            ticks = read_frames(file, fps, resolution_px)
+            ticks = read_frames(file, fps, resolution_px, fit=fit)
             while frames := list(islice(ticks, size)):
                 if waiting is not None:
                     yield waiting

@@ -56,7 +56,8 @@ class Happenings:
     nothing is ever said of these where it is not 0. `gap` are frames between two things, `stay` those for which one
     is there, at least and less than. `few` is the most names that come in one stream, over and over, often two of
     one kind; without it any may come. It is for material with drawn things, of which `drawn` is the share of what
-    comes. `blended` is the share of fitted things of a kind that may be either of two.
+    comes. `blended` is the share of fitted things of a kind that may be either of two or, with `blends`, are like that
+    many classes of the kind, at least and at most.
     """
 
     quiet: float = 0.12
@@ -66,9 +67,10 @@ class Happenings:
     few: int | None = None
     drawn: float = 0.5
     blended: float = 0
+    blends: tuple[int, int] | None = None
 
 
-DEFAULT = Happenings()
+DEFAULT = UNBLENDED = Happenings()
 
 
 class StreamMaker:
@@ -138,7 +140,7 @@ class StreamMaker:
                         self._haunt(fields[start:], haunted, random, torch_random)
                 name = int(random.integers(len(self.classifier.names))) if one is None else self.places[one]
                 fields[start:stop], words = self._come(
-                    fields[start:stop], name, 0 if one is not None else what.blended, cut, random, torch_random
+                    fields[start:stop], name, what if one is None else UNBLENDED, cut, random, torch_random
                 )
                 if not haunted or words[0] not in ELUSIVE:
                     allowed[start:stop] = [{*names, *words} for names in allowed[start:stop]]
@@ -224,12 +226,12 @@ class StreamMaker:
         self,
         fields: Tensor,
         name: int,
-        blended: float,
+        what: Happenings,
         cut: bool,
         random: np.random.Generator,
         torch_random: torch.Generator,
     ) -> tuple[Tensor, list[str]]:
-        """The fields with a thing of that name, and the words for what it may be; `blended` is for fitted things."""
+        """The fields with a thing of that name, and the words for what it may be; `what` is for fitted things."""
         word = self.classifier.names[name]
         relative = self._relative(word, random)
         return self._with_thing(fields, name, cut, random, torch_random, relative), [word]

@@ -84,6 +84,10 @@ class StreamSet(Section):
     blended: float = Field(
         default=0, ge=0, le=1, description="share of fitted things of a kind that may be either of two of that kind"
     )
+    blends: tuple[int, int] | None = Field(
+        default=None,
+        description="blended things are like that many classes of the kind instead, at least and at most",
+    )
     curious: bool = Field(default=False, description="somebody asks in every stream, most often soon after a change")
     narrated: bool = Field(default=False, description="every stream is narrated, and nobody asks anything else")
 
@@ -113,7 +117,7 @@ class StreamsConfig(Section):
             "long": StreamSet(streams=1600, frames=(30, 90)),
         },
         description="by name; each with streams, frames, and perhaps gap, stay, quiet, haunted, waiting, few, drawn, "
-        "blended, curious, narrated: see StreamSet in jobs/make_streams.py",
+        "blended, blends, curious, narrated: see StreamSet in jobs/make_streams.py",
     )
 
 
@@ -290,7 +294,16 @@ def _make_set(
             chance = random.Random(seed)
             waits = None if wanted.waiting is None else chance.random() < wanted.waiting
             few = wanted.few if waits else None
-            what = Happenings(wanted.quiet, wanted.gap, wanted.stay, wanted.haunted, few, wanted.drawn, wanted.blended)
+            what = Happenings(
+                wanted.quiet,
+                wanted.gap,
+                wanted.stay,
+                wanted.haunted,
+                few,
+                wanted.drawn,
+                wanted.blended,
+                wanted.blends,
+            )
             made = maker.make(seed, chance.randint(*wanted.frames), what)
             video = f"{name}-{seed - first:05d}"
             length = len(made.shown)

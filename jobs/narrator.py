@@ -154,7 +154,8 @@ class Narrator:
     def _chunks(self, video: Path) -> Iterator[FrameChunk]:
         """The encoded frames of a video; runs in a thread of its own, and sets its number of threads."""
         limit_threads(self.encoding.threads)
-        frames = read_frames(video, self.session.fps, self.encoder.frames.resolution_px)
+        wanted = self.encoder.frames
+        frames = read_frames(video, self.session.fps, wanted.resolution_px, fit=wanted.fit)
         while batch := list(islice(frames, self.encoding.batch_size)):
             yield FrameChunk([frame.time for frame in batch], self.encoder(np.stack([frame.image for frame in batch])))
 

@@ -56,11 +56,11 @@ class Clip:
         every = max(1, round(self.reply_every_s * self.fps))
         return range(every - 1, self.frames, every)
 
-    def pictures(self, resolution_px: int) -> Iterator[bytes]:
+    def pictures(self, frames: FrameConfig) -> Iterator[bytes]:
         """JPEGs of all frames."""
         left = self.frames
         while left > 0:
-            for _, _, image in read_frames(self.video, self.fps, resolution_px):
+            for _, _, image in read_frames(self.video, self.fps, frames.resolution_px, fit=frames.fit):
                 yield encode_jpeg(image, 95)
                 left -= 1
                 if left == 0:
@@ -128,7 +128,7 @@ async def _measure(config: Config, version: str, clip: Clip, url: str) -> Measur
                 await llm.told()
                 decide_s, _ = await _follow(bus, session_id, clip)
                 both_id, started = await _open(bus, fingerprint)
-                feeding = asyncio.create_task(_feed(bus, both_id, clip, config.model.frames.resolution_px))
+                feeding = asyncio.create_task(_feed(bus, both_id, clip, config.model.frames))
                 _, replies = await _follow(bus, both_id, clip)
                 await feeding
                 both_s = time.monotonic() - started
@@ -161,7 +161,7 @@ async def _open(bus: Bus, fingerprint: str) -> tuple[str, float]:
 async def _encode_all(bus: Bus, config: Config, clip: Clip, fingerprint: str) -> tuple[str, float]:
     """A session whose frames are all encoded while no LLM is there, and the seconds that took."""
     session_id, started = await _open(bus, fingerprint)
-    await _feed(bus, session_id, clip, config.model.frames.resolution_px)
+    await _feed(bus, session_id, clip, config.model.frames)
     while (await bus.reports()) and await _encoded(bus, session_id) < clip.frames:
         await asyncio.sleep(0.05)
     return session_id, time.monotonic() - started
@@ -171,9 +171,9 @@ async def _encoded(bus: Bus, session_id: str) -> int:
     return len(await bus.read_all_inputs(session_id)) - 1  # the end is input too
 
 
-async def _feed(bus: Bus, session_id: str, clip: Clip, resolution_px: int) -> None:
+async def _feed(bus: Bus, session_id: str, clip: Clip, frames: FrameConfig) -> None:
     """Decode in a thread, one frame ahead of what is admitted; then say that there are no more."""
-    pictures = clip.pictures(resolution_px)
+    pictures = clip.pictures(frames)
     seq = -1
     while (image := await asyncio.to_thread(next, pictures, None)) is not None:
         admitted = await bus.admit_frame(session_id, (seq + 1) / clip.fps, image, bulk=True)

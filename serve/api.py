@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, WebSocket
 
+from actors.config import FrameConfig
 from serve import chat, errors, health, schema, site, streams, videos
 from serve.access import Client, TheGateway
 from serve.bodies import RequestGuard
@@ -21,8 +22,8 @@ from serve.realtime import serve_realtime
 from serve.url_guard import SourcesConfig, UrlGuard
 
 
-def build_api(gateway: Gateway, resolution_px: int, keys: ApiKeys, sources: SourcesConfig | None = None) -> FastAPI:
-    """The application around one gateway. Recorded frames are scaled to `resolution_px` as the model sees them.
+def build_api(gateway: Gateway, frames: FrameConfig, keys: ApiKeys, sources: SourcesConfig | None = None) -> FastAPI:
+    """The application around one gateway. Recorded frames become what the model sees by `frames`.
 
     Without `sources` no URL and no file of the server is read.
     """
@@ -43,10 +44,10 @@ def build_api(gateway: Gateway, resolution_px: int, keys: ApiKeys, sources: Sour
     )
     api.state.gateway = gateway
     api.state.keys = keys
-    api.state.resolution_px = resolution_px
+    api.state.frames = frames
     api.state.slots = videos.Slots(gateway.limits.recordings)
     api.state.guard = UrlGuard(sources or SourcesConfig())
-    streamed = api.state.streams = streams.Streams(gateway, api.state.guard, resolution_px)
+    streamed = api.state.streams = streams.Streams(gateway, api.state.guard, frames)
     api.add_middleware(RequestGuard, gateway=gateway, keys=keys)
     errors.install(api)
     api.include_router(site.router)

@@ -201,7 +201,7 @@ async def _pictures(
         path, name = folder / "video", "video_url"
         await asyncio.to_thread(_fetch, asked.video.video_url.url, path, "video_url", ("video/",), guard, gateway)
     await check_video(path, name, gateway.limits)
-    return pictures_of_video(path, fps, request.app.state.resolution_px)
+    return pictures_of_video(path, fps, request.app.state.frames)
 
 
 async def _image(url: Url, number: int, guard: UrlGuard, gateway: Gateway) -> bytes:

@@ -22,7 +22,7 @@ import websockets
 from websockets.asyncio.client import ClientConnection
 
 from actors.bus import BusError
-from actors.config import Config, ConfigError, load_config
+from actors.config import Config, ConfigError, FrameConfig, load_config
 from actors.redis_server import RedisServerError
 from actors.tasks import end_all
 from actors.video import VideoError, VideoInfo, encode_jpeg, probe, read_frames
@@ -48,17 +48,18 @@ class DemoError(RuntimeError):
 
 @dataclass(frozen=True)
 class Plan:
-    """What is played: a video at `fps` for `seconds`, JPEG frames of `resolution_px`."""
+    """What is played: a video at `fps` for `seconds`, JPEG frames as the model sees them."""
 
     path: Path
     fps: float
     seconds: float
-    resolution_px: int
+    pictures: FrameConfig
     wait_s: float
 
     def frames(self) -> Iterator[tuple[float, bytes]]:
         """Video time and JPEG bytes of every frame that is sent."""
-        for _, video_time, frame in read_frames(self.path, self.fps, self.resolution_px, stop=self.seconds):
+        size, fit = self.pictures.resolution_px, self.pictures.fit
+        for _, video_time, frame in read_frames(self.path, self.fps, size, stop=self.seconds, fit=fit):
             yield video_time, encode_jpeg(frame, 90)
 
 
@@ -180,7 +181,7 @@ def make_plan(options: argparse.Namespace, config: Config) -> tuple[Plan, VideoI
     """What to play, after a look at the file. Raises VideoError."""
     info = probe(options.video)
     seconds = min(info.duration, options.max_seconds) if options.max_seconds else info.duration
-    plan = Plan(Path(options.video), options.fps, seconds, config.model.frames.resolution_px, options.wait_s)
+    plan = Plan(Path(options.video), options.fps, seconds, config.model.frames, options.wait_s)
     return plan, info
 
 

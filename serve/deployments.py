@@ -169,7 +169,7 @@ class GatewayReplica:
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self._gateway, self._model.frames.resolution_px, ApiKeys.from_environment(), self._sources)
+        return build_api(self._gateway, self._model.frames, ApiKeys.from_environment(), self._sources)
 
     async def drain(self, notice_s: float | None) -> None:
         """Let all gateways that run now send their clients away after a notice; None calls it off (drain.py)."""

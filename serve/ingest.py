@@ -24,6 +24,7 @@ from av.container import InputContainer
 from av.error import FFmpegError
 from av.video.stream import VideoStream
 
+from actors.config import FrameConfig
 from actors.video import encode_jpeg, fit_square
 from actors.video_file import FORMATS, MAX_PIXELS
 from serve.client_events import ClientError
@@ -102,7 +103,7 @@ class Ingest:
 
     source: Source
     fps: float
-    resolution_px: int
+    frames: FrameConfig
     live: bool
     reconnected: Callable[[], None]
     stopped: Event = field(default_factory=Event)
@@ -175,7 +176,7 @@ class Ingest:
                 self.stopped.wait(max(0.0, self.started + video_time - time.monotonic()))
             self.last = video_time
             image = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
-            yield video_time, encode_jpeg(fit_square(image, self.resolution_px), JPEG_QUALITY)
+            yield video_time, encode_jpeg(fit_square(image, self.frames.resolution_px, self.frames.fit), JPEG_QUALITY)
 
 
 class _Forward:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from actors.bus import BusError
+from actors.config import FrameConfig
 from actors.tasks import end_all
 from actors.video import VideoError, encode_jpeg, probe, read_frames
 from serve.admission import NoCapacity, owned
@@ -52,14 +53,14 @@ class Recording:
     questions: tuple[Question, ...]
 
 
-def pictures_of_video(path: Path, fps: float, resolution_px: int) -> Callable[[], Pictures]:
-    """Every frame of a file on the clock of `fps`, scaled as the model sees it.
+def pictures_of_video(path: Path, fps: float, frames: FrameConfig) -> Callable[[], Pictures]:
+    """Every frame of a file on the clock of `fps`, square as the model sees it.
 
     A stranger's file is for PyAV: decord carries decoders that are years old.
     """
 
     def pictures() -> Pictures:
-        for _, video_time, frame in read_frames(path, fps, resolution_px, backend="pyav"):
+        for _, video_time, frame in read_frames(path, fps, frames.resolution_px, backend="pyav", fit=frames.fit):
             yield video_time, encode_jpeg(frame, JPEG_QUALITY)
 
     return pictures

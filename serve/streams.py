@@ -23,6 +23,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
 
 from actors.bus import BusError, SessionMeta
+from actors.config import FrameConfig
 from actors.messages import Query
 from actors.messages import SessionEnded as SessionEndedEntry
 from actors.tasks import end_all
@@ -129,10 +130,10 @@ class Running:
 class Streams:
     """The sources that one gateway reads; the latest that have ended are remembered."""
 
-    def __init__(self, gateway: Gateway, guard: UrlGuard, resolution_px: int) -> None:
+    def __init__(self, gateway: Gateway, guard: UrlGuard, frames: FrameConfig) -> None:
         self.gateway = gateway
         self.guard = guard
-        self._resolution_px = resolution_px
+        self._frames = frames
         self._known: dict[str, Running] = {}
         self._starting = 0
         gateway.streams = lambda: [
@@ -164,7 +165,7 @@ class Streams:
             await conversation.update(request.session)
             await conversation.open()
             fps = conversation.settings.fps
-            ingest = Ingest(source, fps, self._resolution_px, request.live, self.gateway.meters.reconnect)
+            ingest = Ingest(source, fps, self._frames, request.live, self.gateway.meters.reconnect)
             made = Running(ingest, conversation, int(time.time()))
             made.task = asyncio.create_task(self._read(made, stack.pop_all()))
         self._known[conversation.id] = made

@@ -61,7 +61,7 @@ async def videos(
         await check_video(path, shown_name(video), gateway.limits)
         conversation = await stack.enter_async_context(opened(gateway, client, patch))
         asked = tuple(Question(text, at) for text, at in zip(question, times, strict=True))
-        recording = Recording(pictures_of_video(path, fps, request.app.state.resolution_px), asked)
+        recording = Recording(pictures_of_video(path, fps, request.app.state.frames), asked)
         texts = _told(SessionCreated(session=conversation.info), watch(recording, conversation, gateway))
         return EventStream(texts, stack.pop_all(), gateway.limits.send_s)
 

@@ -94,7 +94,7 @@ class Application:
         )
         self.gateways.append(gateway)
         sources = self.config.section("sources", SourcesConfig)
-        api = build_api(gateway, self.config.model.frames.resolution_px, self.keys, sources)
+        api = build_api(gateway, self.config.model.frames, self.keys, sources)
         server = uvicorn.Server(
             uvicorn.Config(api, port=0, log_level="warning", timeout_graceful_shutdown=2, ws_max_size=16 << 20)
         )

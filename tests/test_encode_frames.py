@@ -68,7 +68,7 @@ def settings_of(tiny_configs: dict[str, ModelConfig], tmp_path: Path):
 
 def chunks_of(path: Path, size: int = 4, name: str = "clip") -> list[Row]:
     batch = {"video_id": np.array([name]), "path": np.array([str(path)])}
-    return list(decoded_chunks(batch, fps=2.0, resolution_px=32, size=size))
+    return list(decoded_chunks(batch, fps=2.0, resolution_px=32, fit="pad", size=size))
 
 
 def test_a_video_becomes_chunks_of_one_size_the_last_of_which_says_so(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_whatever_a_decoder_raises_is_that_videos_reason(tmp_path: Path, monkeyp
     path = write_clip(tmp_path / "clip.mp4", frames=40)
     shown = list(read_frames(path, 2.0, 32))
 
-    def strange(*_: object) -> Iterator[VideoFrame]:
+    def strange(*_: object, **__: object) -> Iterator[VideoFrame]:
         yield from shown[:5]
         raise ValueError("no such pixels")
 

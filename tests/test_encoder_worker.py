@@ -15,10 +15,10 @@ from redis.asyncio import Redis
 
 from actors import encoder as encoder_module
 from actors.bus import Bus, BusError, PendingFrame
-from actors.config import FrameConfig, ModelConfig
+from actors.config import Fit, FrameConfig, ModelConfig
 from actors.encoder import EncoderConfig, EncoderError, EncoderWorker, FrameEncoder
 from actors.messages import FrameSkipped, FrameTokens, SessionSettings
-from actors.video import encode_jpeg
+from actors.video import encode_jpeg, fit_square
 
 pytestmark = pytest.mark.anyio
 
@@ -104,6 +104,20 @@ async def test_every_frame_of_every_session_becomes_its_own_tokens(bus: Bus, enc
                 expected = FrameEncoder.__call__(encoder, np.full((1, 32, 32, 3), 10 * number + seq, np.uint8))
                 torch.testing.assert_close(message.tensor((10, 48)), expected[0], atol=2e-3, rtol=0)
     assert worker.stats()["encoded"] == 20
+
+
+@pytest.mark.parametrize("fit", ["pad", "crop"])
+async def test_a_wide_picture_is_seen_as_the_model_fits_it(bus: Bus, tiny_config: ModelConfig, fit: Fit) -> None:
+    frames = tiny_config.frames.model_copy(update={"fit": fit})
+    encoder = BreakableEncoder(tiny_config.model_copy(update={"frames": frames}))
+    wide = np.full((32, 64, 3), 200, np.uint8)
+    await open_and_admit(bus, "wide", [encode_jpeg(wide, quality=95)])
+    async with running(EncoderWorker(bus, encoder, EncoderConfig(), "a")):
+        message = (await answers(bus, "wide", 1))[0]
+    assert isinstance(message, FrameTokens)
+    expected, other = (encoder(fit_square(wide, 32, one)[None])[0].float() for one in (fit, *{"pad", "crop"} - {fit}))
+    torch.testing.assert_close(message.tensor((10, 48)).float(), expected, atol=2e-2, rtol=0)
+    assert float((expected - other).abs().max()) > 0.1
 
 
 async def test_batches_mix_sessions_and_keep_to_their_size(bus: Bus, encoder: BreakableEncoder) -> None:

@@ -56,6 +56,9 @@ def test_features_made_in_another_way_are_refused(datasets: Path, tmp_path: Path
         take_over(path, empty_store(tmp_path / "a"), other, "v_short")
     with pytest.raises(FeaturesError, match=r"fps 2, not 4\.0"):
         take_over(path, empty_store(tmp_path / "b", fps=4), MODEL, "v_short")
+    cropped = MODEL.model_copy(update={"frames": MODEL.frames.model_copy(update={"fit": "crop"})})
+    with pytest.raises(FeaturesError, match="fit pad, not crop"):
+        take_over(path, empty_store(tmp_path / "d"), cropped, "v_short")
     unnamed = tmp_path / "features" / "a.pt"
     unnamed.parent.mkdir()
     torch.save(torch.zeros(3, 10, 4), unnamed)

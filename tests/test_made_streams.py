@@ -253,6 +253,32 @@ def test_what_may_be_either_of_two_goes_by_its_kind(classifier: Classifier, fitt
     assert fitter._called(["cat", "lion"], [*["cat"] * 5, None], chances) == [*["cat"] * 5, None]
 
 
+def test_what_may_be_one_of_many_goes_by_its_kind_unless_one_stands_out(
+    classifier: Classifier, fitter: FittedMaker
+) -> None:
+    chances = torch.zeros(6, len(classifier.names))
+    words = ["cat", "lion", "tiger", "wolf"]
+    for word in words:
+        chances[:5, classifier.names.index(word)] = 0.15
+    assert fitter._called(words, [None] * 6, chances) == [*["animal"] * 5, None]
+    chances[:5, classifier.names.index("wolf")] = 0.5
+    assert fitter._called(words, [*["wolf"] * 5, None], chances) == [*["wolf"] * 5, None]
+
+
+def test_what_resembles_many_is_seen_as_its_kind_and_as_no_one_of_them(fitter: FittedMaker) -> None:
+    what = Happenings(blended=1, blends=(6, 12))
+    fields = fitter.material.clips[0, :8].float()
+    chances, hedged = list[torch.Tensor](), 0
+    for seed in range(6):
+        random, numbers = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+        changed, words = fitter._come(fields, fitter.places["cat"], what, True, random, numbers)
+        assert {fitter.kinds[word] for word in words} == {"animal"}
+        chances.append(fitter.classifier.chances(fitter.classifier.features(changed).mean(1))[:, :-1])
+        hedged += fitter._called(words, [None] * 8, chances[-1]).count("animal")
+    assert hedged > 4
+    assert float(torch.stack(chances).max(-1).values.median()) < 0.45
+
+
 def test_drawn_things_go_by_their_kind_unless_they_are_recognised(classifier: Classifier, fitter: FittedMaker) -> None:
     chances = torch.zeros(8, len(classifier.names))
     chances[2:4, classifier.names.index("cat")] = 0.5

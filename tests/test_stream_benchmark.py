@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from actors.config import Config, ModelConfig
+from actors.config import Config, FrameConfig, ModelConfig
 from jobs.stream_benchmark import PAPER_FPS, Clip, StreamReport, measure
 
 
 def test_a_clip_is_full_and_speaks_on_schedule(sample_video: Path) -> None:
     clip = Clip(sample_video, seconds=60, fps=1, reply_every_s=20)
     assert list(clip.speaks) == [19, 39, 59]
-    assert sum(1 for _ in clip.pictures(16)) == 60  # longer than the sample: it begins anew
+    assert sum(1 for _ in clip.pictures(FrameConfig(resolution_px=16))) == 60  # longer than the sample: it begins anew
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from rtsp_server import camera
 from test_chat_completions import make_clip
 from test_url_guard import Server
 
+from actors.config import FrameConfig
 from actors.video import encode_jpeg
 from serve import ingest, streams
 from serve.conversation import Conversation
@@ -29,6 +30,7 @@ from serve.server_events import AnyServerEvent, ErrorEvent, FrameDecided, ItemAd
 from serve.url_guard import SourcesConfig, UrlGuard
 
 DEADLINE_S = 60
+FRAMES = FrameConfig(resolution_px=32)
 
 
 @pytest.fixture(scope="module")
@@ -313,7 +315,7 @@ def test_a_camera_that_tells_no_times_is_in_real_time() -> None:
     allowed = {"hosts": [f"127.0.0.1:{server.port}"], "schemes": ["http"], "networks": ["127.0.0.1/32"]}
     guard = UrlGuard(SourcesConfig.model_validate(allowed | {"reconnects": 1}))
     source = Source.of(f"http://127.0.0.1:{server.port}/camera", guard)
-    reader = Ingest(source, 20, 32, True, reconnected=lambda: reader.stopped.set())
+    reader = Ingest(source, 20, FRAMES, True, reconnected=lambda: reader.stopped.set())
     try:
         times = [at for at, _ in reader.pictures()]
     finally:
@@ -344,14 +346,16 @@ def test_frames_without_a_time_come_one_after_another(
 
     monkeypatch.setattr(ingest, "_decoded", some_untimed)
     source = Source("file", path.name, UrlGuard(SourcesConfig()), path=path)
-    reader = Ingest(source, 10, 32, False, reconnected=lambda: None)
+    reader = Ingest(source, 10, FRAMES, False, reconnected=lambda: None)
     assert [at for at, _ in reader.pictures()] == pytest.approx([number / 10 for number in range(12)])
 
 
 def reader_of(server: Server, path: str, fps: float = 2) -> Ingest:
     allowed = {"hosts": [f"127.0.0.1:{server.port}"], "schemes": ["http"], "networks": ["127.0.0.1/32"]}
     guard = UrlGuard(SourcesConfig.model_validate(allowed | {"reconnects": 1}))
-    return Ingest(Source.of(f"http://127.0.0.1:{server.port}{path}", guard), fps, 32, False, reconnected=lambda: None)
+    return Ingest(
+        Source.of(f"http://127.0.0.1:{server.port}{path}", guard), fps, FRAMES, False, reconnected=lambda: None
+    )
 
 
 @pytest.mark.parametrize("ranges", [True, False])
@@ -428,7 +432,7 @@ def clip_at(path: Path, rate: int, count: int) -> Path:
 def test_as_many_pictures_are_taken_as_were_asked_for(rate: int, fps: int, tmp_path: Path) -> None:
     path = clip_at(tmp_path / "clip.mkv", rate, 4 * rate)
     source = Source("file", path.name, UrlGuard(SourcesConfig()), path=path)
-    times = [at for at, _ in Ingest(source, fps, 32, False, reconnected=lambda: None).pictures()]
+    times = [at for at, _ in Ingest(source, fps, FRAMES, False, reconnected=lambda: None).pictures()]
     assert len(times) == 4 * fps
     assert times == pytest.approx([number / fps for number in range(4 * fps)], abs=1 / rate + 1e-3)
 
@@ -439,7 +443,7 @@ def test_times_that_begin_anew_go_on(tmp_path: Path) -> None:
     path = tmp_path / "both.ts"
     path.write_bytes(part + part)
     source = Source("file", path.name, UrlGuard(SourcesConfig()), path=path)
-    times = [at for at, _ in Ingest(source, 2, 32, False, reconnected=lambda: None).pictures()]
+    times = [at for at, _ in Ingest(source, 2, FRAMES, False, reconnected=lambda: None).pictures()]
     assert len(times) == pytest.approx(12, abs=1)
     assert times == sorted(set(times))
     assert times[-1] == pytest.approx(5.5, abs=0.6)

@@ -239,6 +239,37 @@ def test_the_aspect_is_kept_and_the_rest_is_black(height: int, width: int, top: 
     assert square.max(axis=2).sum() == len(shown) * 255
 
 
+def test_a_long_pause_and_a_clock_that_jumps_back_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    even = write_video(tmp_path / "even.ts", list(range(0, 100, 10)), Fraction(1, 10))
+    assert len(list(read_frames(even, 1, 32))) == 10
+    assert not caplog.records
+    paused = write_video(tmp_path / "paused.mp4", [0, 10, 20, 900, 910], Fraction(1, 10))
+    assert len(list(read_frames(paused, 1, 32))) == 92
+    assert "pause_s=88.0" in caplog.text
+    caplog.clear()
+    twice = tmp_path / "twice.ts"
+    twice.write_bytes(even.read_bytes() * 2)
+    assert len(list(read_frames(twice, 1, 32))) == 10
+    assert "clock_back_s=9.0" in caplog.text
+
+
+@pytest.mark.parametrize(("height", "width"), [(90, 160), (160, 90), (64, 65)])
+def test_cropped_the_middle_fills_the_square(height: int, width: int) -> None:
+    picture = np.zeros((height, width, 3), np.uint8)
+    side, top, left = min(height, width), (height - min(height, width)) // 2, (width - min(height, width)) // 2
+    picture[top : top + side, left : left + side] = 200
+    square = fit_square(picture, 64, "crop")
+    assert square.shape == (64, 64, 3)
+    assert (square[3:-3, 3:-3] == 200).all()
+    assert square.min() > 90  # at an edge half a pixel may be of the rest
+
+
+def test_frames_are_read_as_the_picture_is_fitted(sample_video: Path) -> None:
+    padded, cropped = (next(read_frames(sample_video, 1, 64, start=12, fit=fit)).image for fit in ("pad", "crop"))
+    assert padded[:13].max() == 0  # 480 x 270: bars above and below
+    assert cropped[:13].max() > 0
+
+
 def test_a_turned_video_is_shown_upright(tmp_path: Path) -> None:
     path = write_video(tmp_path / "turned.mp4", [0, 1, 2], Fraction(1, 10), rotation=90)
     info = probe(path)

@@ -206,8 +206,9 @@ def test_fingerprint_tells_weights_resolution_and_tokens_apart_but_not_where_the
         fingerprint(tmp_path / "a" / "tower", resolution_px=48),
         fingerprint(tmp_path / "a" / "tower", cls=False),
         fingerprint(tmp_path / "a" / "tower", pooled=(2, 4)),
+        fingerprint(tmp_path / "a" / "tower", fit="crop"),
     ]
-    assert len({first, *others}) == 5
+    assert len({first, *others}) == 6
     assert fingerprint(tmp_path / "a" / "tower", separator=",") == first  # the separator is text
 
 
