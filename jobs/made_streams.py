@@ -8,7 +8,7 @@ is what the encoder's classifier says of the finished frames, when it agrees wit
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -70,7 +70,7 @@ class Happenings:
     blends: tuple[int, int] | None = None
 
 
-DEFAULT = UNBLENDED = Happenings()
+DEFAULT = Happenings()
 
 
 class StreamMaker:
@@ -140,7 +140,12 @@ class StreamMaker:
                         self._haunt(fields[start:], haunted, random, torch_random)
                 name = int(random.integers(len(self.classifier.names))) if one is None else self.places[one]
                 fields[start:stop], words = self._come(
-                    fields[start:stop], name, what if one is None else UNBLENDED, cut, random, torch_random
+                    fields[start:stop],
+                    name,
+                    what if one is None else replace(what, blended=0),
+                    cut,
+                    random,
+                    torch_random,
                 )
                 if not haunted or words[0] not in ELUSIVE:
                     allowed[start:stop] = [{*names, *words} for names in allowed[start:stop]]
