@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from actors.config import Fit
 from actors.video_file import FORMATS, MAX_PIXELS, VideoError, VideoFile, decode, decode_from, inspect
@@ -104,13 +104,9 @@ def fit_square(image: np.ndarray, resolution_px: int, fit: Fit = "pad") -> np.nd
 
     `pad` scales its larger side and centres it on black; `crop` scales its smaller side and keeps the middle.
     """
-    height, width = image.shape[:2]
     if fit == "crop":
-        side = min(height, width)
-        left, top = (width - side) / 2, (height - side) / 2
-        box = (left, top, left + side, top + side)
-        size = (resolution_px, resolution_px)
-        return np.array(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC, box=box))
+        return np.array(ImageOps.fit(Image.fromarray(image), (resolution_px, resolution_px)))
+    height, width = image.shape[:2]
     scale = resolution_px / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     scaled = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)

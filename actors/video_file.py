@@ -96,7 +96,9 @@ def inspect(path: Path, max_pixels: int = MAX_PIXELS) -> VideoFile:
         log.warning(
             "video=%s truncated frames=%d duration=%.1f declared=%.1f", path, frames, length * time_base, declared
         )
-    _warn_of_jumps(path, np.asarray(stamps, np.int64), time_base)
+    timeline = np.sort(np.asarray(stamps, np.int64))
+    if len(stamps) > 1:
+        _warn_of_jumps(path, np.asarray(stamps, np.int64), timeline, time_base)
     turned = frame.rotation % 180 != 0
     return VideoFile(
         path=path,
@@ -107,18 +109,19 @@ def inspect(path: Path, max_pixels: int = MAX_PIXELS) -> VideoFile:
         length=length,
         last=max(0, last - origin),
         frames=frames,
-        timeline=np.sort(np.asarray(stamps, np.int64)) if len(stamps) == frames else None,
+        timeline=timeline if len(stamps) == frames else None,
         width=frame.height if turned else frame.width,
         height=frame.width if turned else frame.height,
         quarter_turns=round(frame.rotation / 90),
     )
 
 
-def _warn_of_jumps(path: Path, stamps: np.ndarray, time_base: Fraction) -> None:
-    """Of a recorder that was off for a while, and of recordings put one behind the other; `stamps` as in the file."""
-    if len(stamps) < 2:
-        return
-    pause = float(np.diff(np.sort(stamps)).max() * time_base)
+def _warn_of_jumps(path: Path, stamps: np.ndarray, timeline: np.ndarray, time_base: Fraction) -> None:
+    """Of a recorder that was off for a while, and of recordings put one behind the other.
+
+    `stamps` are as in the file, two at least; `timeline` are the same in display order.
+    """
+    pause = float(np.diff(timeline).max() * time_base)
     if pause > LONG_PAUSE_S:
         log.warning("video=%s pause_s=%.1f the picture before it is shown for so long", path, pause)
     back = float((np.maximum.accumulate(stamps) - stamps).max() * time_base)
