@@ -74,10 +74,10 @@ def read_frames(
     path: str | Path,
     fps: float,
     resolution_px: int,
+    fit: Fit,
     start: float = 0,
     stop: float | None = None,
     backend: Backend | None = None,
-    fit: Fit = "pad",
 ) -> Iterator[VideoFrame]:
     """The ticks with start <= time < stop, each frame made a square of `resolution_px` by `fit` (`fit_square`).
 
@@ -99,7 +99,7 @@ def read_frames(
         yield VideoFrame(tick, time, fit_square(image, resolution_px, fit))
 
 
-def fit_square(image: np.ndarray, resolution_px: int, fit: Fit = "pad") -> np.ndarray:
+def fit_square(image: np.ndarray, resolution_px: int, fit: Fit) -> np.ndarray:
     """`image` (H, W, 3) as a square (R, R, 3) of `resolution_px`.
 
     `pad` scales its larger side and centres it on black; `crop` scales its smaller side and keeps the middle.

@@ -94,7 +94,7 @@ class DataBenchmark:
         decoded = 0
         for video in self.videos:
             start = time.process_time()
-            ticks = read_frames(video, self.fps, pixels, fit=fit)
+            ticks = read_frames(video, self.fps, pixels, fit)
             frames = [frame.image for frame in islice(ticks, self.amount.stage_frames)]
             decode_s += time.process_time() - start
             decoded += len(frames)
@@ -138,7 +138,7 @@ class DataBenchmark:
 
     def _encoded(self, copies: Path, tokens: Path, frames: int) -> tuple[Summary, UsageSampler]:
         """What encoding copies of the videos, of at least that many frames together, did and used."""
-        counts = [sum(1 for _ in read_frames(video, self.fps, 16)) for video in self.videos]
+        counts = [sum(1 for _ in read_frames(video, self.fps, 16, "pad")) for video in self.videos]
         copies.mkdir()
         for number in range(max(1, -(-frames // sum(counts)))):
             for video in map(Path, self.videos):

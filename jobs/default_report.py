@@ -330,7 +330,7 @@ def _samples(reporter: Reporter, folder: Path, change: float) -> dict[str, objec
     said, tokens, events, heard = list[list[Said]](), list[Tensor](), list[list[Event]](), dict[str, object]()
     for file in sorted(folder.glob("*.events.json")):
         video = file.with_name(file.name.removesuffix(".events.json") + ".mp4")
-        one = reporter.encode(frame for _, _, frame in read_frames(video, FPS, SIDE, fit=reporter.fit))
+        one = reporter.encode(frame for _, _, frame in read_frames(video, FPS, SIDE, reporter.fit))
         spoken = narration(reporter.play([one])[0])
         heard[video.name] = [f"{s.time:.1f} {s.text}" for s in spoken]
         said.append(spoken)

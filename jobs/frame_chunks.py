@@ -114,7 +114,7 @@ def decoded_chunks(
     waiting: Row | None = None  # a chunk is known to be the last one only when no other follows
     try:
         with local_copy(path, cache) as file:
-            ticks = read_frames(file, fps, resolution_px, fit=fit)
+            ticks = read_frames(file, fps, resolution_px, fit)
             while frames := list(islice(ticks, size)):
                 if waiting is not None:
                     yield waiting

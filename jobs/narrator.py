@@ -155,7 +155,7 @@ class Narrator:
         """The encoded frames of a video; runs in a thread of its own, and sets its number of threads."""
         limit_threads(self.encoding.threads)
         wanted = self.encoder.frames
-        frames = read_frames(video, self.session.fps, wanted.resolution_px, fit=wanted.fit)
+        frames = read_frames(video, self.session.fps, wanted.resolution_px, wanted.fit)
         while batch := list(islice(frames, self.encoding.batch_size)):
             yield FrameChunk([frame.time for frame in batch], self.encoder(np.stack([frame.image for frame in batch])))
 

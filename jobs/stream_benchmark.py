@@ -60,7 +60,7 @@ class Clip:
         """JPEGs of all frames."""
         left = self.frames
         while left > 0:
-            for _, _, image in read_frames(self.video, self.fps, frames.resolution_px, fit=frames.fit):
+            for _, _, image in read_frames(self.video, self.fps, frames.resolution_px, frames.fit):
                 yield encode_jpeg(image, 95)
                 left -= 1
                 if left == 0:

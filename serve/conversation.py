@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from actors.bus import Bus, BusError
+from actors.config import Fit
 from actors.gateway_side import resume_too_late
 from actors.messages import (
     End,
@@ -97,6 +98,7 @@ class Conversation:
         self,
         bus: Bus,
         fingerprint: str,
+        fit: Fit,
         totals: Counts,
         defaults: SessionSettings,
         meters: GatewayMeters,
@@ -120,6 +122,7 @@ class Conversation:
         self.taken = asyncio.Event()
         self._bus = bus
         self._fingerprint = fingerprint
+        self._fit = fit
         self._totals = totals
         self._meters = meters
         self._max_live = max_live
@@ -178,7 +181,7 @@ class Conversation:
 
     def info_of(self, settings: SessionSettings) -> SessionInfo:
         """Those settings as clients see them."""
-        return shown(self.id, self._fingerprint, settings, self.include, self.drop_policy)
+        return shown(self.id, self._fingerprint, self._fit, settings, self.include, self.drop_policy)
 
     async def open(self) -> None:
         """Create the session's log. Settings given before are those it starts with."""

@@ -59,7 +59,7 @@ class Plan:
     def frames(self) -> Iterator[tuple[float, bytes]]:
         """Video time and JPEG bytes of every frame that is sent."""
         size, fit = self.pictures.resolution_px, self.pictures.fit
-        for _, video_time, frame in read_frames(self.path, self.fps, size, stop=self.seconds, fit=fit):
+        for _, video_time, frame in read_frames(self.path, self.fps, size, fit, stop=self.seconds):
             yield video_time, encode_jpeg(frame, 90)
 
 

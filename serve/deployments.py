@@ -162,6 +162,7 @@ class GatewayReplica:
         self._gateway = Gateway(
             self._bus,
             fingerprint=await llm.fingerprint.remote(),
+            fit=config.model.frames.fit,
             config=config.section("serve", ServeConfig),
             defaults=config.section("session", SessionSettings).with_threshold_of(await llm.threshold.remote()),
             limits=config.section("limits", LimitsConfig),

@@ -17,7 +17,7 @@ from prometheus_client.core import Metric
 from pydantic import Field
 
 from actors.bus import Bus, BusError
-from actors.config import Section
+from actors.config import Fit, Section
 from actors.messages import SessionSettings
 from actors.meters import gauge
 from actors.replicas import ReplicaReport, Reporter
@@ -103,6 +103,7 @@ class Gateway:
         self,
         bus: Bus,
         fingerprint: str,
+        fit: Fit,
         config: ServeConfig,
         defaults: SessionSettings | None = None,
         limits: LimitsConfig | None = None,
@@ -110,6 +111,7 @@ class Gateway:
     ) -> None:
         self.bus = bus
         self.fingerprint = fingerprint
+        self.fit = fit
         self.config = config
         self.limits = limits or LimitsConfig()
         self.defaults = defaults or SessionSettings()
@@ -139,6 +141,7 @@ class Gateway:
         conversation = Conversation(
             self.bus,
             self.fingerprint,
+            self.fit,
             self.totals,
             self.defaults,
             self.meters,

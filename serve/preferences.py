@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from actors.config import Fit
 from actors.messages import SessionSettings, TolerantSettings
 from serve.client_events import ClientError, DropPolicy, SessionPatch
 from serve.server_events import SessionInfo, VideoInfo, WindowInfo
@@ -47,7 +48,7 @@ def patched(settings: SessionSettings, patch: SessionPatch) -> SessionSettings:
 
 
 def shown(
-    session_id: str, model: str, settings: SessionSettings, include: frozenset[str], drop_policy: DropPolicy
+    session_id: str, model: str, fit: Fit, settings: SessionSettings, include: frozenset[str], drop_policy: DropPolicy
 ) -> SessionInfo:
     """Settings as clients see them."""
     window = WindowInfo(trigger=settings.window_trigger, keep=settings.window_keep)
@@ -61,6 +62,7 @@ def shown(
             fps=settings.fps,
             threshold=settings.threshold,
             drop_policy=drop_policy,
+            fit=fit,
             window=window if window != WindowInfo() else None,
         ),
     )

@@ -60,7 +60,7 @@ def pictures_of_video(path: Path, fps: float, frames: FrameConfig) -> Callable[[
     """
 
     def pictures() -> Pictures:
-        for _, video_time, frame in read_frames(path, fps, frames.resolution_px, backend="pyav", fit=frames.fit):
+        for _, video_time, frame in read_frames(path, fps, frames.resolution_px, frames.fit, backend="pyav"):
             yield video_time, encode_jpeg(frame, JPEG_QUALITY)
 
     return pictures

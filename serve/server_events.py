@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from actors.config import Fit
 from serve.client_events import ClientError, DropPolicy
 
 
@@ -36,11 +37,15 @@ class WindowInfo(BaseModel):
 
 
 class VideoInfo(BaseModel):
-    """Settings of the video in force; `window` is absent where the model's limit is the only bound."""
+    """Settings of the video in force; `window` is absent where the model's limit is the only bound.
+
+    `fit` is the model's: which part of a picture it sees (FrameConfig).
+    """
 
     fps: float
     threshold: float
     drop_policy: DropPolicy
+    fit: Fit
     window: WindowInfo | None = None
 
 

@@ -89,6 +89,7 @@ class Application:
         gateway = Gateway(
             bus,
             fingerprint,
+            self.config.model.frames.fit,
             self.config.section("serve", ServeConfig),
             limits=self.config.section("limits", LimitsConfig),
         )

@@ -31,7 +31,7 @@ SHORT_S = 0.02
 @asynccontextmanager
 async def opened(bus: Bus, **settings: float) -> AsyncIterator[tuple[Conversation, Gateway]]:
     """A session that nobody has taken, at a gateway that refuses soon."""
-    gateway = Gateway(bus, MODEL, ServeConfig.model_validate({"admission_timeout_s": SHORT_S, **settings}))
+    gateway = Gateway(bus, MODEL, "pad", ServeConfig.model_validate({"admission_timeout_s": SHORT_S, **settings}))
     async with gateway.conversation() as conversation:
         await conversation.open()
         yield conversation, gateway

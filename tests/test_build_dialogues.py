@@ -275,7 +275,7 @@ def test_a_video_behind_a_url_is_looked_at_there(videos: Path, tmp_path: Path) -
 def test_a_text_follows_a_frame_that_the_video_has(videos: Path, fps: float) -> None:
     (annotation,) = read_annotations(videos / "clip3.srt")
     (dialogue,) = build_video(annotation, DataConfig(fps=fps), "Be brief.").dialogues
-    frames = [frame.time for frame in read_frames(annotation.video, fps, 32)]
+    frames = [frame.time for frame in read_frames(annotation.video, fps, 32, "pad")]
     assert dialogue.frames[1] <= len(frames)
     assert frames[dialogue.frames[0]] >= 0.4 - 1e-9
     assert dialogue.frames[0] == frame_at(0.4, fps)
@@ -285,7 +285,7 @@ def test_a_text_follows_a_frame_that_the_video_has(videos: Path, fps: float) -> 
 @pytest.mark.parametrize("rate", [5, 8, 24])
 def test_no_frame_is_promised_that_the_video_has_not(tmp_path: Path, fps: float, rate: int) -> None:
     path = write_clip(tmp_path / "clip.mp4", seconds=2, rate=rate)
-    there = sum(1 for _ in read_frames(path, fps, 32))
+    there = sum(1 for _ in read_frames(path, fps, 32, "pad"))
     assert there - 1 <= frames_in(probe(path), fps) <= there
 
 
@@ -293,7 +293,7 @@ def test_a_video_whose_packets_carry_no_times_has_frames_at_its_own_rate(tmp_pat
     path = write_clip(tmp_path / "clip.h264", seconds=2, codec="libx264")
     assert inspect(path).timeline is None
     assert (probe(path).duration, probe(path).fps) == (2.0, 5.0)
-    assert frames_in(probe(path), 2) == sum(1 for _ in read_frames(path, 2, 32)) == 4
+    assert frames_in(probe(path), 2) == sum(1 for _ in read_frames(path, 2, 32, "pad")) == 4
 
 
 @pytest.mark.parametrize("size", [200_000, 310_007, 420_013, 555_555])
@@ -302,5 +302,5 @@ def test_of_a_file_that_was_cut_no_frame_is_promised_that_cannot_be_decoded(
 ) -> None:
     path = tmp_path / "cut.mp4"
     path.write_bytes((samples / "hands_and_objects.mp4").read_bytes()[:size])
-    there = sum(1 for _ in read_frames(path, 15, 32))
+    there = sum(1 for _ in read_frames(path, 15, 32, "pad"))
     assert there - 5 <= frames_in(probe(path), 15) <= there

@@ -115,7 +115,16 @@ class Log:
 def conversation_over(bus: Log, bulk: bool = False) -> Conversation:
     meters = cast(GatewayMeters, SimpleNamespace(frame=lambda *_: None, stage=lambda *_: None))
     return Conversation(
-        cast(Bus, bus), "model", Counts(), SETTINGS, meters, max_waiting=64, max_live=8, live_speed=1.25, bulk=bulk
+        cast(Bus, bus),
+        "model",
+        "pad",
+        Counts(),
+        SETTINGS,
+        meters,
+        max_waiting=64,
+        max_live=8,
+        live_speed=1.25,
+        bulk=bulk,
     )
 
 

@@ -80,7 +80,7 @@ def test_a_video_becomes_chunks_of_one_size_the_last_of_which_says_so(tmp_path: 
         (8, 2, True),
     ]
     assert {c["frames"].shape for c in chunks} == {(1, 4, 32, 32, 3)}
-    decoded = [frame.image for frame in read_frames(path, 2.0, 32)]
+    decoded = [frame.image for frame in read_frames(path, 2.0, 32, "pad")]
     assert np.array_equal(np.concatenate([c["frames"][0, : int(c["count"][0])] for c in chunks]), np.stack(decoded))
     assert chunks[1]["times"][0].tolist() == [2.0, 2.5, 3.0, 3.5]
 
@@ -100,7 +100,7 @@ def test_a_broken_video_becomes_one_chunk_with_the_reason(tmp_path: Path) -> Non
 
 def test_whatever_a_decoder_raises_is_that_videos_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_clip(tmp_path / "clip.mp4", frames=40)
-    shown = list(read_frames(path, 2.0, 32))
+    shown = list(read_frames(path, 2.0, 32, "pad"))
 
     def strange(*_: object, **__: object) -> Iterator[VideoFrame]:
         yield from shown[:5]
@@ -175,7 +175,7 @@ def test_chunks_in_any_order_are_stored_in_their_own(tmp_path: Path, tiny_config
         video = OpenVideo(writer)
         assert [video.add(row) for row in rows] == [False] * (len(rows) - 1) + [True]
         writer.commit()
-    frames = np.stack([frame.image for frame in read_frames(path, 2.0, 32)])
+    frames = np.stack([frame.image for frame in read_frames(path, 2.0, 32, "pad")])
     expected = FrameEncoder(tiny_configs["live1plus"])(frames)
     torch.testing.assert_close(store.frames("clip"), expected, atol=2e-3, rtol=0)
 
@@ -232,7 +232,7 @@ def test_good_videos_are_stored_broken_ones_reported_and_what_is_there_is_kept(
     assert store.video_ids() == ["long", "short"]
     encoder = FrameEncoder(config.model)
     for name, path in paths.items():
-        ticks = list(read_frames(path, 2.0, 32))
+        ticks = list(read_frames(path, 2.0, 32, "pad"))
         assert store.source(name) == str(path)
         assert store.times(name).tolist() == [tick.time for tick in ticks]
         expected = encoder(np.stack([tick.image for tick in ticks]))

@@ -143,7 +143,7 @@ def test_remote_videos_are_encoded_and_the_first_bad_one_ends_a_strict_run(
     encode(config)
     store = FrameStore.open(tmp_path / "store")
     assert store.source("good") == f"{address}good.mp4"
-    images = np.stack([frame.image for frame in read_frames(folder / "good.mp4", store.info.fps, 224)])
+    images = np.stack([frame.image for frame in read_frames(folder / "good.mp4", store.info.fps, 224, "pad")])
     torch.testing.assert_close(store.frames("good"), FrameEncoder(config.model)(images), atol=2e-3, rtol=0)
     assert not list(tmp_path.glob("videollm-*"))
 

@@ -107,10 +107,10 @@ def test_a_video_that_breaks_the_program_does_not_end_the_others(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def read(video: Path, *arguments: object, **fit: object) -> Iterator[VideoFrame]:
+    def read(video: Path, *arguments: object) -> Iterator[VideoFrame]:
         if video.name == "a.mp4":
             raise KeyError("a picture of another kind")
-        return read_frames(video, *arguments, **fit)
+        return read_frames(video, *arguments)
 
     folder = tmp_path / "videos"
     folder.mkdir()

@@ -68,7 +68,7 @@ async def say(connection: AsyncRealtimeConnection, *content: dict[str, object]) 
 
 
 async def test_a_video_is_streamed_and_questions_are_answered(client: AsyncOpenAI, sample_video: Path) -> None:
-    pictures = [encode_jpeg(frame) for _, _, frame in read_frames(sample_video, 2.0, 32, stop=FRAMES / 2)]
+    pictures = [encode_jpeg(frame) for _, _, frame in read_frames(sample_video, 2.0, 32, "pad", stop=FRAMES / 2)]
     async with client.realtime.connect(model="any name") as connection:
         created = await until(connection, "session.created")
         await connection.session.update(
@@ -107,7 +107,7 @@ async def test_a_video_is_streamed_and_questions_are_answered(client: AsyncOpenA
 
 async def test_a_response_without_a_question_says_what_is_seen(client: AsyncOpenAI, sample_video: Path) -> None:
     async with client.realtime.connect(model="any name") as connection:
-        [(_, _, frame)] = list(read_frames(sample_video, 2.0, 32, stop=0.5))
+        [(_, _, frame)] = list(read_frames(sample_video, 2.0, 32, "pad", stop=0.5))
         await say(connection, image(encode_jpeg(frame)))
         await connection.response.create()
         asked = await until(connection, "conversation.item.added")

@@ -13,6 +13,7 @@ from application import Application, running
 from browser import DEADLINE_S, LOOK_AGAIN_S, Line, Tab, chromium, program
 from live_client import live
 
+from actors.config import ModelConfig
 from jobs.annotations import read_webvtt
 from serve.server_events import SessionCreated
 from serve.site import FOLDER, TYPES
@@ -154,6 +155,41 @@ class TestInABrowser:
         tab.click("#start")
         tab.until("document.getElementById('connection').dataset.state === 'ended'")
         assert tab.log == []
+
+    @pytest.mark.parametrize("fit", ["pad", "crop"])
+    def test_the_sides_that_the_model_does_not_see_are_dimmed(
+        self,
+        fit: str,
+        tab: Tab,
+        tiny_configs: dict[str, ModelConfig],
+        redis_url: str,
+        sample_video: Path,
+    ) -> None:
+        model = tiny_configs["live1plus"].model_dump(mode="json")
+        model["frames"]["fit"] = fit
+        with running(model, redis_url) as app:
+            tab.open(app.url)
+            tab.click("input[value=file]")
+            tab.choose_file("#file", sample_video)
+            tab.click("#start")
+            tab.until(DECIDED + "1")
+            assert tab.run("document.getElementById('stage').dataset.fit") == fit
+            boxes = tab.run(
+                """['.seen', '.stage'].map((name) => {
+                    const box = document.querySelector(name).getBoundingClientRect();
+                    return [box.left + box.width / 2, box.top + box.height / 2, box.width, box.height]; })"""
+            )
+            wide = tab.run(
+                "document.getElementById('player').videoWidth / document.getElementById('player').videoHeight"
+            )
+            assert isinstance(boxes, list)
+            seen, stage = boxes
+            if fit == "pad":
+                assert seen[2:] == [0, 0]
+            else:
+                assert seen[:2] == pytest.approx(stage[:2], abs=1)
+                side = min(stage[2], stage[3], stage[2] / wide, stage[3] * wide)
+                assert seen[2:] == pytest.approx([side, side], abs=1)
 
     def test_a_dragged_threshold_decides_from_then_on(self, app: Application, tab: Tab) -> None:
         """The highest makes the tiny model speak at every frame, the lowest leaves it silent at some."""

@@ -53,7 +53,8 @@ def test_a_session_begins_with_its_settings_and_ends_normally(url: str) -> None:
             client.socket.recv(timeout=10)
     assert created.session.id == updated.session.id
     assert updated.session.instructions == "Be brief."
-    assert (updated.session.video.fps, updated.session.video.threshold) == (4, 0.5)
+    video = updated.session.video
+    assert (video.fps, video.threshold, video.fit) == (4, 0.5, "pad")
     assert ended.frames.decided == 0
     assert closed.value.rcvd is not None
     assert closed.value.rcvd.code == 1000

@@ -48,7 +48,7 @@ def test_its_videos_show_noise_and_black_at_the_rate_of_the_dialogues(tmp_path: 
     write_videos(tmp_path, fps)
     paths = [tmp_path / "robustness_noise.mkv", tmp_path / "robustness_black.mkv"]
     assert [frames_in(probe(path), fps) for path in paths] == [10, 1]
-    noise, black = ([frame.image for frame in read_frames(path, fps, 224)] for path in paths)
+    noise, black = ([frame.image for frame in read_frames(path, fps, 224, "pad")] for path in paths)
     assert np.std(noise[0]) > 50
     assert not np.array_equal(noise[0], noise[1])
     assert np.max(black) <= 2

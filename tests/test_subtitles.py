@@ -84,7 +84,7 @@ def test_subtitles_are_in_the_pictures_at_their_times_only(tmp_path: Path) -> No
     info = probe(target)
     assert (info.width, info.height, info.frames) == (320, 180, 20)
     assert info.duration == pytest.approx(2.0, abs=0.11)
-    white = {frame.time: int((frame.image > 200).sum()) for frame in read_frames(target, 2.0, 320)}
+    white = {frame.time: int((frame.image > 200).sum()) for frame in read_frames(target, 2.0, 320, "pad")}
     assert {time for time, count in white.items() if count > 100} == {0.5, 1.0}
     with av.open(str(target)) as container:
         assert len(container.streams.audio) == 1

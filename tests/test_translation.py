@@ -11,7 +11,7 @@ INFO = lambda _: SessionInfo(  # noqa: E731
     instructions=None,
     max_output_tokens=10,
     include=[],
-    video=VideoInfo(fps=2, threshold=0.7, drop_policy="latest"),
+    video=VideoInfo(fps=2, threshold=0.7, drop_policy="latest", fit="pad"),
 )
 
 

@@ -67,7 +67,7 @@ def damage(path: Path, packets: slice) -> Path:
 
 def levels(path: Path, fps: float, **options: object) -> list[int]:
     """Numbers of the frames shown at each tick of a video by `write_video`."""
-    return [round((int(frame.image[32, 32, 0]) - 8) / 4) for frame in read_frames(path, fps, 64, **options)]
+    return [round((int(frame.image[32, 32, 0]) - 8) / 4) for frame in read_frames(path, fps, 64, "pad", **options)]
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_a_tick_shows_the_first_frame_not_before_it(
 
 
 def test_times_lie_on_the_grid(sample_video: Path) -> None:
-    frames = list(read_frames(sample_video, 29.97, 16, stop=9))
+    frames = list(read_frames(sample_video, 29.97, 16, "pad", stop=9))
     assert [frame.tick for frame in frames] == list(range(len(frames)))
     assert [frame.time for frame in frames] == [float(tick / Fraction(2997, 100)) for tick in range(len(frames))]
 
@@ -103,7 +103,11 @@ def test_times_lie_on_the_grid(sample_video: Path) -> None:
 @pytest.mark.parametrize("name", SAMPLE_NAMES)
 def test_both_decoders_yield_the_same_frames(samples: Path, name: str) -> None:
     path = samples / f"{name}.mp4"
-    pairs = zip(read_frames(path, 2, 224, backend="decord"), read_frames(path, 2, 224, backend="pyav"), strict=True)
+    pairs = zip(
+        read_frames(path, 2, 224, "pad", backend="decord"),
+        read_frames(path, 2, 224, "pad", backend="pyav"),
+        strict=True,
+    )
     for ours, theirs in pairs:
         assert (ours.tick, ours.time) == (theirs.tick, theirs.time)
         assert np.array_equal(ours.image, theirs.image)
@@ -111,8 +115,8 @@ def test_both_decoders_yield_the_same_frames(samples: Path, name: str) -> None:
 
 @each_backend
 def test_a_part_of_a_video_equals_that_part_of_the_whole(sample_video: Path, backend: str) -> None:
-    whole = list(read_frames(sample_video, 3, 32, backend=backend))
-    part = list(read_frames(sample_video, 3, 32, start=20.1, stop=24, backend=backend))
+    whole = list(read_frames(sample_video, 3, 32, "pad", backend=backend))
+    part = list(read_frames(sample_video, 3, 32, "pad", start=20.1, stop=24, backend=backend))
     assert [frame.tick for frame in part] == list(range(61, 72))
     for frame in part:
         assert frame.time == whole[frame.tick].time
@@ -131,15 +135,15 @@ def test_pyav_goes_on_where_decord_stops_and_the_log_says_so(
                 raise decord.DECORDError("Error sending packet.")
             return super().__getitem__(position)
 
-    whole = list(read_frames(sample_video, 2, 32, backend="pyav"))
+    whole = list(read_frames(sample_video, 2, 32, "pad", backend="pyav"))
     monkeypatch.setattr(decord, "VideoReader", FailsHalfWay)
     with caplog.at_level(logging.INFO, logger="actors"):
-        rescued = list(read_frames(sample_video, 2, 32))
+        rescued = list(read_frames(sample_video, 2, 32, "pad"))
     assert re.search(r"tick=\d+ PyAV takes over: Error sending packet", caplog.text)
     assert [frame.tick for frame in rescued] == [frame.tick for frame in whole]
     assert all(np.array_equal(a.image, b.image) for a, b in zip(rescued, whole, strict=True))
     with pytest.raises(VideoError, match="decord cannot read it: Error sending packet"):
-        list(read_frames(sample_video, 2, 32, backend="decord"))
+        list(read_frames(sample_video, 2, 32, "pad", backend="decord"))
 
 
 def write_moving(path: Path, codec: str) -> Path:
@@ -160,8 +164,8 @@ def write_moving(path: Path, codec: str) -> Path:
 def test_decord_is_kept_from_formats_in_which_it_is_not_exact(tmp_path: Path, name: str, codec: str) -> None:
     path = write_moving(tmp_path / name, codec)
     with pytest.raises(VideoError, match="is not exact with it"):
-        next(read_frames(path, 5, 64, backend="decord"))
-    bars = [int(np.argmax(frame.image[32, :, 0] > 128)) for frame in read_frames(path, 5, 64)]
+        next(read_frames(path, 5, 64, "pad", backend="decord"))
+    bars = [int(np.argmax(frame.image[32, :, 0] > 128)) for frame in read_frames(path, 5, 64, "pad")]
     assert bars == list(range(0, 60, 5))
 
 
@@ -170,10 +174,10 @@ def test_decord_is_kept_from_formats_in_which_it_is_not_exact(tmp_path: Path, na
 )
 def test_any_start_shows_the_frames_of_the_whole(tmp_path: Path, name: str, codec: str) -> None:
     path = write_moving(tmp_path / name, codec)
-    whole = list(read_frames(path, 25, 32, backend="pyav"))
+    whole = list(read_frames(path, 25, 32, "pad", backend="pyav"))
     assert len(whole) == 60
     for start in range(1, 60, 7):
-        part = list(read_frames(path, 25, 32, start=start / 25, backend="pyav"))
+        part = list(read_frames(path, 25, 32, "pad", start=start / 25, backend="pyav"))
         assert [frame.tick for frame in part] == list(range(start, 60))
         assert all(np.array_equal(frame.image, whole[frame.tick].image) for frame in part)
 
@@ -182,7 +186,7 @@ def test_any_start_shows_the_frames_of_the_whole(tmp_path: Path, name: str, code
 @pytest.mark.parametrize("width", [2, 16, 48, 64])
 def test_narrow_pictures_are_read(tmp_path: Path, width: int) -> None:
     write_video(tmp_path / "v.mp4", [0, 1, 2], Fraction(1, 2), size=(width, 48))
-    image = next(read_frames(tmp_path / "v.mp4", 2, 32)).image
+    image = next(read_frames(tmp_path / "v.mp4", 2, 32, "pad")).image
     assert image.shape == (32, 32, 3)
     assert probe(tmp_path / "v.mp4").width == width
 
@@ -192,8 +196,8 @@ def test_decord_is_kept_from_videos_that_do_not_fit_in_memory(
 ) -> None:
     monkeypatch.setattr(video, "DECORD_MAX_BYTES", 1 << 20)
     with pytest.raises(VideoError, match="may keep all 1323 frames of 480x270 in memory"):
-        next(read_frames(sample_video, 2, 32, backend="decord"))
-    assert next(read_frames(sample_video, 2, 32)).tick == 0
+        next(read_frames(sample_video, 2, 32, "pad", backend="decord"))
+    assert next(read_frames(sample_video, 2, 32, "pad")).tick == 0
 
 
 def test_a_video_that_starts_late_starts_at_tick_zero(tmp_path: Path) -> None:
@@ -217,7 +221,7 @@ def test_of_a_video_whose_rate_varies_no_frame_is_promised_that_it_has_not(
     tmp_path: Path, fps: float, stamps: list[int]
 ) -> None:
     path = write_video(tmp_path / "clip.mp4", stamps, Fraction(1, 1000))
-    there = sum(1 for _ in read_frames(path, fps, 32))
+    there = sum(1 for _ in read_frames(path, fps, 32, "pad"))
     assert there - 1 <= frames_in(probe(path), fps) <= there
 
 
@@ -232,7 +236,7 @@ def test_probe_tells_size_rate_and_length(sample_video: Path) -> None:
     ("height", "width", "top", "left"), [(90, 160, 14, 0), (160, 90, 0, 14), (50, 50, 0, 0), (1, 640, 31, 0)]
 )
 def test_the_aspect_is_kept_and_the_rest_is_black(height: int, width: int, top: int, left: int) -> None:
-    square = fit_square(np.full((height, width, 3), 255, np.uint8), 64)
+    square = fit_square(np.full((height, width, 3), 255, np.uint8), 64, "pad")
     assert square.shape == (64, 64, 3)
     shown = np.argwhere(square[:, :, 0] == 255)
     assert shown.min(axis=0).tolist() == [top, left]
@@ -241,15 +245,15 @@ def test_the_aspect_is_kept_and_the_rest_is_black(height: int, width: int, top: 
 
 def test_a_long_pause_and_a_clock_that_jumps_back_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     even = write_video(tmp_path / "even.ts", list(range(0, 100, 10)), Fraction(1, 10))
-    assert len(list(read_frames(even, 1, 32))) == 10
+    assert len(list(read_frames(even, 1, 32, "pad"))) == 10
     assert not caplog.records
     paused = write_video(tmp_path / "paused.mp4", [0, 10, 20, 900, 910], Fraction(1, 10))
-    assert len(list(read_frames(paused, 1, 32))) == 92
+    assert len(list(read_frames(paused, 1, 32, "pad"))) == 92
     assert "pause_s=88.0" in caplog.text
     caplog.clear()
     twice = tmp_path / "twice.ts"
     twice.write_bytes(even.read_bytes() * 2)
-    assert len(list(read_frames(twice, 1, 32))) == 10
+    assert len(list(read_frames(twice, 1, 32, "pad"))) == 10
     assert "clock_back_s=9.0" in caplog.text
 
 
@@ -265,7 +269,7 @@ def test_cropped_the_middle_fills_the_square(height: int, width: int) -> None:
 
 
 def test_frames_are_read_as_the_picture_is_fitted(sample_video: Path) -> None:
-    padded, cropped = (next(read_frames(sample_video, 1, 64, start=12, fit=fit)).image for fit in ("pad", "crop"))
+    padded, cropped = (next(read_frames(sample_video, 1, 64, fit, start=12)).image for fit in ("pad", "crop"))
     assert padded[:13].max() == 0  # 480 x 270: bars above and below
     assert cropped[:13].max() > 0
 
@@ -274,7 +278,7 @@ def test_a_turned_video_is_shown_upright(tmp_path: Path) -> None:
     path = write_video(tmp_path / "turned.mp4", [0, 1, 2], Fraction(1, 10), rotation=90)
     info = probe(path)
     assert (info.width, info.height) == (32, 64)
-    image = next(iter(read_frames(path, 2, 64))).image
+    image = next(iter(read_frames(path, 2, 64, "pad"))).image
     assert image[:, 32].min() > 0
     assert image[32, :16].max() == 0
 
@@ -282,13 +286,13 @@ def test_a_turned_video_is_shown_upright(tmp_path: Path) -> None:
 def test_a_picture_is_a_video_of_one_frame(tmp_path: Path) -> None:
     path = tmp_path / "picture.png"
     Image.new("RGB", (40, 20), "red").save(path)
-    (frame,) = read_frames(path, 2, 20)
+    (frame,) = read_frames(path, 2, 20, "pad")
     assert frame.time == 0
     assert frame.image[10, 10].tolist() == [255, 0, 0]
 
 
 def test_jpeg_keeps_the_picture(sample_video: Path) -> None:
-    frame = next(read_frames(sample_video, 1, 224, start=12))
+    frame = next(read_frames(sample_video, 1, 224, "pad", start=12))
     decoded = np.asarray(Image.open(io.BytesIO(encode_jpeg(frame.image))))
     assert np.abs(decoded.astype(int) - frame.image).mean() < 4
 
@@ -296,7 +300,7 @@ def test_jpeg_keeps_the_picture(sample_video: Path) -> None:
 @pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf")])
 def test_an_impossible_rate_is_refused(sample_video: Path, fps: float) -> None:
     with pytest.raises(ValueError, match=r"fps is .* expected both above 0"):
-        next(read_frames(sample_video, fps, 224))
+        next(read_frames(sample_video, fps, 224, "pad"))
 
 
 def bad_file(kind: str, folder: Path, sample: Path) -> Path:
@@ -348,7 +352,7 @@ def bad_file(kind: str, folder: Path, sample: Path) -> Path:
 )
 def test_what_is_no_video_is_refused_by_name(tmp_path: Path, sample_video: Path, kind: str, message: str) -> None:
     path = bad_file(kind, tmp_path, sample_video)
-    for attempt in (lambda: probe(path), lambda: next(read_frames(path, 2, 32))):
+    for attempt in (lambda: probe(path), lambda: next(read_frames(path, 2, 32, "pad"))):
         with pytest.raises(VideoError) as raised:
             attempt()
         assert str(path) in str(raised.value)
@@ -361,9 +365,9 @@ def test_a_truncated_video_yields_what_it_has(
     data = sample_video.read_bytes()
     path = tmp_path / "truncated.mp4"
     path.write_bytes(data[: len(data) * 6 // 10])
-    whole = list(read_frames(sample_video, 2, 32))
+    whole = list(read_frames(sample_video, 2, 32, "pad"))
     with caplog.at_level(logging.WARNING, logger="actors"):
-        part = list(read_frames(path, 2, 32))
+        part = list(read_frames(path, 2, 32, "pad"))
     assert 20 < len(part) < len(whole)
     assert all(np.array_equal(a.image, b.image) for a, b in zip(part[:-2], whole, strict=False))
     assert "truncated frames=" in caplog.text

@@ -214,7 +214,7 @@ def test_fingerprint_tells_weights_resolution_and_tokens_apart_but_not_where_the
 
 @pytest.mark.parametrize(("photo", "name"), [("cat.jpg", "Egyptian cat"), ("coffee.jpg", "espresso")])
 def test_the_embedded_network_names_real_photos(samples: Path, photo: str, name: str) -> None:
-    frame = fit_square(decode_image((samples / photo).read_bytes()), 224)
+    frame = fit_square(decode_image((samples / photo).read_bytes()), 224, "pad")
     pixels = torch.from_numpy(frame.copy()).permute(2, 0, 1).unsqueeze(0) / 255
     mean, std = (torch.tensor(constants).view(3, 1, 1) for constants in (MEAN, STD))
     with torch.inference_mode():

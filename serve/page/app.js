@@ -34,6 +34,10 @@ const list = new TranscriptList(part("transcript"), (time) => {
 const transcript = new Transcript((line) => lineChanged(line));
 const slider = new ThresholdSlider(part("plot"), part("threshold"), part("threshold-label"), () => settingsChanged());
 
+player.addEventListener("resize", () => {
+  part("stage").style.setProperty("--ratio", player.videoWidth / player.videoHeight || 1);
+});
+
 let run = null; // the session that runs, or null
 
 /** One session from Start to its end. */
@@ -195,6 +199,7 @@ class Run {
   }
 
   #told({ session, position, type }) {
+    part("stage").dataset.fit = session.video.fit;
     if (!slider.touched) slider.show(session.video.threshold);
     // Changes in the middle of a stream are in force where the log says so.
     if (position !== undefined || type === "session.created" || this.decided === 0) {
