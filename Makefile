@@ -24,6 +24,16 @@ CLOSE := $(FITTED) streams.seed=210000007 \
 NAMES := $(FITTED) streams.seed=310000007 \
   'streams.sets={"names": {"streams": 1020, "frames": [24, 50], "gap": [1, 7], "stay": [4, 10], "curious": true, \
   "quiet": 0.12, "haunted": 0.5, "few": 4, "waiting": 0.2, "drawn": 0.12, "blended": 0.15}}'
+# What cannot be told apart goes by its kind.
+KINDS := $(FITTED) streams.seed=1010000007 \
+  'streams.sets={"kinds": {"streams": 690, "frames": [24, 50], "gap": [1, 7], "stay": [4, 10], "curious": true, \
+  "quiet": 0.18, "haunted": 0.55, "few": 4, "waiting": 0.25, "drawn": 0.3, "blended": 0.5, "blends": [4, 16]}}'
+MIX := $(FITTED) streams.seed=1110000007 \
+  'streams.sets={"mix": {"streams": 560, "frames": [24, 60], "gap": [1, 7], "stay": [4, 10], "curious": true, \
+  "quiet": 0.15, "haunted": 0.55, "few": 4, "waiting": 0.5, "drawn": 0.2, "blended": 0.4, "blends": [4, 16]}}'
+CALLS := $(FITTED) streams.seed=1210000007 \
+  'streams.sets={"calls12": {"streams": 700, "frames": [24, 50], "gap": [1, 7], "stay": [4, 10], "curious": true, \
+  "quiet": 0.16, "haunted": 0.55, "few": 4, "waiting": 0.35, "drawn": 0.12, "blended": 0.3, "blends": [4, 16]}}'
 MADE = data.folder=runs/default/$(1)/dialogues store.folder=runs/default/$(1)/tokens
 
 .PHONY: help demo serve finetune train-default test test-slow cluster-test chaos soak lint
@@ -33,7 +43,7 @@ help:
 	@echo 'make serve [CHECKPOINT=folder or hub name] [CONFIG=file]'
 	@echo '                        keep the same application up'
 	@echo 'make finetune VIDEOS=dir  train on your videos, each with an .srt, .vtt or .jsonl beside it'
-	@echo 'make train-default      train the shipped default model again, in about three hours of one core'
+	@echo 'make train-default      train the shipped default model again, in about five and a half CPU hours'
 	@echo 'make test               the fast tests'
 	@echo 'make test-slow          the tests with the embedded models, faults and long runs'
 	@echo 'make cluster-test       every job on a Ray cluster of two network namespaces (as root)'
@@ -82,6 +92,23 @@ train-default: $(INSTALLED)
 	  training.connector_learning_rate=2e-4
 	$(RUN) -m jobs.export_checkpoint $(DEFAULT) model.checkpoint=runs/default/runs/names/checkpoint \
 	  export.average_with=runs/default/runs/close/checkpoint export.share=0.6 \
+	  export.folder=runs/default/named export.replace=true
+	$(RUN) -m jobs.make_streams $(DEFAULT) $(KINDS)
+	$(RUN) -m jobs.train $(DEFAULT) training.name=kinds model.checkpoint=runs/default/named \
+	  $(call MADE,fitted/kinds) training.batch_size=2 training.max_steps=320 training.learning_rate=5e-4 \
+	  training.connector_learning_rate=2e-4
+	$(RUN) -m jobs.make_streams $(DEFAULT) $(MIX)
+	$(RUN) -m jobs.train $(DEFAULT) training.name=mix model.checkpoint=runs/default/runs/kinds/checkpoint \
+	  $(call MADE,fitted/mix) training.batch_size=2 training.max_steps=230 training.learning_rate=4e-4 \
+	  training.connector_learning_rate=1e-4
+	$(RUN) -m jobs.export_checkpoint $(DEFAULT) model.checkpoint=runs/default/runs/mix/checkpoint \
+	  export.average_with=runs/default/named export.share=0.8 export.folder=runs/default/hedged export.replace=true
+	$(RUN) -m jobs.make_streams $(DEFAULT) $(CALLS)
+	$(RUN) -m jobs.train $(DEFAULT) training.name=calls model.checkpoint=runs/default/hedged \
+	  $(call MADE,fitted/calls12) training.batch_size=2 training.max_steps=320 training.learning_rate=5e-4 \
+	  training.connector_learning_rate=2e-4
+	$(RUN) -m jobs.export_checkpoint $(DEFAULT) model.checkpoint=runs/default/runs/calls/checkpoint \
+	  export.average_with=runs/default/hedged export.share=0.6 \
 	  export.folder=runs/default/model export.replace=true
 	$(RUN) -m jobs.evaluate $(DEFAULT) model.checkpoint=runs/default/model $(call MADE,fitted/close) \
 	  evaluation.calibrate=true evaluation.folder=runs/default/evaluation
