@@ -91,7 +91,7 @@ class Conversation:
     encoders take after live frames. `max_live` bounds undecided frames where the newest wins: all the
     credits would be seconds of lag. Such video is taken at `live_speed` times its fps at most, on average, so that
     what comes faster than time goes by takes nothing from others. `resumable` says that the session outlives the
-    connection. `record` is the folder of recordings (recording.py).
+    connection. `record` is the folder of recordings (recording.py), `fit` is only told to clients.
     """
 
     def __init__(
