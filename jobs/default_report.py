@@ -15,6 +15,7 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -45,9 +46,11 @@ from jobs.event_metrics import (
     NOTHING,
     WINDOW,
     Event,
+    EventScores,
     Said,
     event_scores,
     interval,
+    pieces,
     poisson_interval,
     read_events,
     share_interval,
@@ -55,7 +58,7 @@ from jobs.event_metrics import (
 from jobs.made_streams import StreamMaker
 from jobs.make_streams import StreamsConfig, material, misread
 from jobs.object_names import with_article
-from jobs.photo_streams import GONE, PhotoFilm, PhotosError, read_labels
+from jobs.photo_streams import GONE, PhotoFilm, PhotosError, PhotoStream, read_labels
 from jobs.program import run
 from jobs.replay import FrameChunk, Question, Recording, Transcript, replay
 
@@ -65,6 +68,7 @@ FPS = 2.0
 ENCODED_AT_ONCE = 32
 CHANGES = (0.3, 0.5, 0.7, 0.9)  # candidates for the change detector's threshold, chosen on the dev streams
 QUIET_SEED = 900_000_000
+PIECE = 10.0  # seconds of a sample video, at least, that are drawn together for the interval
 
 
 Part = Literal["samples", "photos", "questions", "quiet"]
@@ -78,7 +82,9 @@ class ReportConfig(Section):
     cutouts: str | None = Field(default=None, description="folder of the cut-out photographs; null leaves them out")
     scenes: str | None = Field(default=None, description="folder of photographs of scenes, for behind them")
     labels: str = "configs/photo_labels.json"
-    dev_streams: int = Field(default=10, ge=1, description="of photographs, for the change detector's threshold")
+    dev_streams: int = Field(
+        default=30, ge=1, description="of photographs, to choose the thresholds of the model and the change detector"
+    )
     test_streams: int = Field(default=30, ge=1)
     unknown_streams: int = Field(default=6, ge=1, description="of photographs of things without a name")
     quiet_hours: float = Field(default=10, ge=0)
@@ -93,9 +99,11 @@ class ReportConfig(Section):
     calibrate: bool = Field(
         default=False,
         description="store in the checkpoint the one that speaks least of those that do nearly as well as the best on "
-        "the photographs' dev half",
+        "the photographs' dev half, unasked and for somebody who waits",
     )
-    nearly: float = Field(default=0.03, ge=0, lt=1, description="event F1 given up for silence where nothing comes")
+    nearly: float = Field(
+        default=0.03, ge=0, lt=1, description="F1, the mean of both, given up for silence where nothing comes"
+    )
     at_once: int = Field(default=4, ge=1, description="streams in one step of the engine")
 
 
@@ -104,6 +112,9 @@ class Asked(NamedTuple):
 
     right: int
     asked: int
+
+    def counting(self, right: bool) -> Asked:
+        return Asked(self.right + right, self.asked + 1)
 
     def line(self) -> str:
         low, high = share_interval(*self)
@@ -187,12 +198,12 @@ def report(config: Config) -> None:
     change = CHANGES[1]
     controlled = "samples" in settings.parts or "photos" in settings.parts
     if films is not None and (settings.calibrate or controlled):
-        dev = [films.dev.stream(seed) for seed in range(settings.dev_streams)]
+        seeds = tqdm(range(settings.dev_streams), desc="dev photographs", disable=not sys.stderr.isatty())
+        dev = [films.dev.stream(seed) for seed in seeds]
         tokens = [reporter.encode(stream.frames) for stream in dev]
-        events = [[one.event for one in stream.events] for stream in dev]
-        change = _best_change(reporter, tokens, events)
+        change = _best_change(reporter, tokens, [_events(stream) for stream in dev])
         if settings.calibrate:
-            results["calibration"] = _calibrate(reporter, tokens, events, str(config.model.checkpoint))
+            results["calibration"] = _calibrate(reporter, dev, tokens, str(config.model.checkpoint))
     elif settings.calibrate:
         raise PhotosError("report.calibrate needs report.cutouts and report.scenes: see docs/default-model.md")
     results["threshold"] = reporter.threshold
@@ -241,9 +252,12 @@ def _films(settings: ReportConfig) -> Films | None:
     )
 
 
-def _scored(said: Sequence[Sequence[Said]], events: Sequence[Sequence[Event]]) -> dict[str, object]:
-    """Scores over streams with their intervals, as the report has them."""
-    parts = [event_scores(one, happened) for one, happened in zip(said, events, strict=True)]
+def _scored(
+    said: Sequence[Sequence[Said]], events: Sequence[Sequence[Event]], piece: float = math.inf
+) -> dict[str, object]:
+    """Scores over streams as the report has them, with intervals over pieces of `piece` seconds at least."""
+    cut = [part for one, happened in zip(said, events, strict=True) for part in pieces(one, happened, piece)]
+    parts = [event_scores(*part) for part in cut]
     total = sum(parts, NOTHING)
     named = Asked(total.right, total.timed)
     texts = [one.text for stream in said for one in stream]
@@ -276,29 +290,33 @@ def most_silent(curve: Mapping[float, float], nearly: float) -> float:
 
 
 def _calibrate(
-    reporter: Reporter, tokens: Sequence[Tensor], events: Sequence[Sequence[Event]], name: str
+    reporter: Reporter, streams: Sequence[PhotoStream], tokens: Sequence[Tensor], name: str
 ) -> dict[str, object]:
     """Choose the threshold on the dev streams, use it, and store it in the checkpoint.
 
-    A lower one speaks less. F1 on streams in which things come hardly counts what is said where nothing does, so of
-    thresholds that are nearly as good the lowest is taken.
+    What counts is the mean of two F1: of what is said unasked, and of what somebody is told who waits for the last
+    thing that comes. A lower threshold speaks less, and streams in which things come hardly count what is said where
+    nothing does, so of those that are nearly as good the lowest is taken.
     """
-    curve = dict[float, float]()
+    unasked, waited, both = dict[float, float](), dict[float, float](), dict[float, float]()
     for threshold in reporter.settings.thresholds:
         reporter.threshold = threshold
         said = [narration(one) for one in reporter.play(tokens)]
-        curve[threshold] = sum((event_scores(*both) for both in zip(said, events, strict=True)), NOTHING).f1
-        logger.info("threshold=%g f1=%.3f", threshold, curve[threshold])
-    if not max(curve.values()):
+        scores = [event_scores(one, _events(stream)) for one, stream in zip(said, streams, strict=True)]
+        unasked[threshold] = sum(scores, NOTHING).f1
+        waited[threshold] = _waited(reporter, streams, tokens).f1
+        both[threshold] = (unasked[threshold] + waited[threshold]) / 2
+        logger.info("threshold=%g f1=%.3f waited_f1=%.3f", threshold, unasked[threshold], waited[threshold])
+    if not max(unasked.values()):
         raise PhotosError("report.calibrate: the model named nothing right at any of report.thresholds, none is stored")
-    reporter.threshold = most_silent(curve, reporter.settings.nearly)
+    chosen = reporter.threshold = most_silent(both, reporter.settings.nearly)
     digest = hashlib.sha256(b"".join(one.numpy().tobytes() for one in tokens)).hexdigest()
     calibration = Calibration(
         format_version=1,
         fingerprint=reporter.fingerprint,
-        threshold=reporter.threshold,
+        threshold=chosen,
         metric="event F1",
-        value=round(curve[reporter.threshold], 4),
+        value=round(unasked[chosen], 4),
         before_s=WINDOW,
         after_s=WINDOW,
         data=f"dev half of {reporter.settings.labels}",
@@ -307,21 +325,45 @@ def _calibrate(
         fps=FPS,
     )
     write_calibration(checkpoint_folder(name), calibration)
-    return {f"F1 at {threshold:g}": round(f1, 3) for threshold, f1 in curve.items()}
+    return {
+        f"at {threshold:g}": f"F1 {f1:.3f} unasked, {waited[threshold]:.3f} for who waits"
+        for threshold, f1 in unasked.items()
+    }
+
+
+def _events(stream: PhotoStream) -> list[Event]:
+    return [one.event for one in stream.events]
+
+
+def _coming(stream: PhotoStream) -> list[Event]:
+    return [one.event for one in stream.events if one.kind == "comes"]
+
+
+def _waited(reporter: Reporter, streams: Sequence[PhotoStream], tokens: Sequence[Tensor]) -> EventScores:
+    """What somebody is told who waits from the beginning for the last thing that comes."""
+    targets = [_coming(stream)[-1] for stream in streams]
+    asked = [[Question(f"Tell me when {with_article(target.words[0])} appears.", 0.5)] for target in targets]
+    said = [narration(one) for one in reporter.play(tokens, asked)]
+    return sum((event_scores(one, [target]) for one, target in zip(said, targets, strict=True)), NOTHING)
 
 
 def _with_controls(
-    reporter: Reporter, said: list[list[Said]], tokens: list[Tensor], events: list[list[Event]], change: float
+    reporter: Reporter,
+    said: list[list[Said]],
+    tokens: list[Tensor],
+    events: list[list[Event]],
+    change: float,
+    piece: float = math.inf,
 ) -> dict[str, object]:
     controls = [reporter.classifier_control(one, change) for one in tokens]
     stock = [[Said(one.time, SENTENCE) for one in stream] for stream in controls]
     steady = [[Said(float(second), SENTENCE) for second in range(0, int(len(one) / FPS), 4)] for one in tokens]
     return {
-        "model": _scored(said, events),
-        "classifier's name at every change": _scored(controls, events),
-        "stock sentence at every change": _scored(stock, events),
-        "stock sentence every 4 s": _scored(steady, events),
-        "always silent": _scored([[] for _ in tokens], events),
+        "model": _scored(said, events, piece),
+        "classifier's name at every change": _scored(controls, events, piece),
+        "stock sentence at every change": _scored(stock, events, piece),
+        "stock sentence every 4 s": _scored(steady, events, piece),
+        "always silent": _scored([[] for _ in tokens], events, piece),
     }
 
 
@@ -336,7 +378,7 @@ def _samples(reporter: Reporter, folder: Path, change: float) -> dict[str, objec
         said.append(spoken)
         tokens.append(one)
         events.append(read_events(file))
-    results = _with_controls(reporter, said, tokens, events, change)
+    results = _with_controls(reporter, said, tokens, events, change, PIECE)
     return {**results, "said": heard}
 
 
@@ -345,8 +387,8 @@ def _photos(reporter: Reporter, film: PhotoFilm, count: int, change: float) -> d
     streams = [film.stream(seed) for seed in tqdm(range(count), desc="photographs", disable=not sys.stderr.isatty())]
     tokens = [reporter.encode(stream.frames) for stream in streams]
     said = [narration(one) for one in reporter.play(tokens)]
-    events = [[one.event for one in stream.events] for stream in streams]
-    comes = [[one.event for one in stream.events if one.kind == "comes"] for stream in streams]
+    events = [_events(stream) for stream in streams]
+    comes = [_coming(stream) for stream in streams]
     come_said = [[one for one in spoken if GONE not in one.text] for spoken in said]
     return {**_with_controls(reporter, said, tokens, events, change), "model, what comes": _scored(come_said, comes)}
 
@@ -355,35 +397,26 @@ def _questions(reporter: Reporter, film: PhotoFilm, count: int) -> dict[str, obj
     """Timed questions: to be told when something comes, of what was there before, and of what is there now."""
     streams = [film.stream(1000 + seed) for seed in range(count)]
     tokens = [reporter.encode(stream.frames) for stream in streams]
-    watched, told, false, before, now = 0, 0, 0, [0, 0], [0, 0]
-    recall, asked = list[list[Question]](), list[list[Question]]()
-    targets = []
+    told = _waited(reporter, streams, tokens)
+    before, now = Asked(0, 0), Asked(0, 0)
+    asked = list[list[Question]]()
     for stream in streams:
-        coming = [one for one in stream.events if one.kind == "comes"]
-        target = coming[-1]
-        targets.append(target)
-        recall.append([Question(f"Tell me when {with_article(target.event.words[0])} appears.", 0.5)])
-        questions = [Question("What do you see now?", coming[0].event.time + 3)]
+        coming = _coming(stream)
+        questions = [Question("What do you see now?", coming[0].time + 3)]
         if len(coming) > 1:
-            questions.append(Question("What did you see before?", coming[1].event.time + 3))
+            questions.append(Question("What did you see before?", coming[1].time + 3))
         asked.append(questions)
-    for target, transcript in zip(targets, reporter.play(tokens, recall), strict=True):
-        watched += 1
-        spoken = narration(transcript)
-        scores = event_scores(spoken, [target.event])
-        told += scores.right
-        false += scores.responses - scores.right
     for stream, transcript in zip(streams, reporter.play(tokens, asked), strict=True):
-        coming = [one for one in stream.events if one.kind == "comes"]
+        coming = _coming(stream)
         answers = [one.text for one in transcript.utterances if one.question is not None]
-        now = [now[0] + coming[0].event.named_by(answers[0]), now[1] + 1]
+        now = now.counting(coming[0].named_by(answers[0]))
         if len(coming) > 1 and len(answers) > 1:
-            before = [before[0] + coming[0].event.named_by(answers[1]), before[1] + 1]
+            before = before.counting(coming[0].named_by(answers[1]))
     return {
-        "tell me when": Asked(told, watched).line(),
-        "told of something else": false,
-        "before": Asked(before[0], before[1]).line(),
-        "now": Asked(now[0], now[1]).line(),
+        "tell me when": Asked(told.right, told.events).line(),
+        "told of something else": told.responses - told.right,
+        "before": before.line(),
+        "now": now.line(),
     }
 
 

@@ -7,6 +7,7 @@ starts within the window around it; each event and each response counts once.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import re
@@ -84,6 +85,30 @@ def event_scores(said: Sequence[Said], events: Sequence[Event], window: float = 
         for one, row in zip(said, near, strict=True)
     ]
     return EventScores(len(events), len(said), _most_pairs(named), _most_pairs(near))
+
+
+def pieces(
+    said: Sequence[Said], events: Sequence[Event], seconds: float, window: float = WINDOW
+) -> list[tuple[list[Said], list[Event]]]:
+    """A video's responses and events in pieces of `seconds` at least (the last may be shorter), cut between pairs.
+
+    A cut lies where for longer than `window` nothing happens and nothing is said. Of few videos each says much the
+    same throughout, and intervals over pieces are less of a lottery than those over videos.
+    """
+    moments = sorted(one.time for one in (*said, *events))
+    cuts, start = list[float](), 0.0
+    for earlier, later in itertools.pairwise(moments):
+        if later - earlier > window and later - start >= seconds:
+            cuts.append(later)
+            start = later
+    edges = list(itertools.pairwise([-math.inf, *cuts, math.inf]))
+    return [
+        (
+            [one for one in said if low <= one.time < high],
+            [one for one in events if low <= one.time < high],
+        )
+        for low, high in edges
+    ]
 
 
 def interval(parts: Sequence[EventScores], draws: int = 2000, seed: int = 0) -> tuple[float, float]:

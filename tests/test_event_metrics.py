@@ -14,6 +14,7 @@ from jobs.event_metrics import (
     Said,
     event_scores,
     interval,
+    pieces,
     poisson_interval,
     read_events,
     share_interval,
@@ -53,6 +54,19 @@ def test_silence_is_perfect_only_where_nothing_happens() -> None:
     assert event_scores([], []).f1 == 1
     assert event_scores([], EVENTS).f1 == 0
     assert sum([event_scores([], EVENTS)], NOTHING).events == 2
+
+
+def test_pieces_tear_no_pair_apart() -> None:
+    events = [Event(time=at, words=("cat",)) for at in (2, 11, 30, 31, 45)]
+    said = [Said(3, "A cat."), Said(12, "A dog."), Said(20, "A cat."), Said(32, "A cat.")]
+    cut = pieces(said, events, 10)
+    assert [[one.time for one in happened] for _, happened in cut] == [[2], [11], [30, 31], [45]]
+    assert [[one.time for one in spoken] for spoken, _ in cut] == [[3], [12, 20], [32], []]
+    assert sum((event_scores(*part) for part in cut), NOTHING) == event_scores(said, events)
+    assert pieces(said, events, 100) == [(said, events)]
+    assert pieces([], [], 10) == [([], [])]
+    close = [Said(at, "A cat.") for at in range(50)]
+    assert len(pieces(close, events, 10)) == 1
 
 
 def test_intervals_hold_the_score() -> None:
