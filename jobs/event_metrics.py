@@ -95,7 +95,7 @@ def pieces(
     A cut lies where for longer than `window` nothing happens and nothing is said. Of few videos each says much the
     same throughout, and intervals over pieces are less of a lottery than those over videos.
     """
-    moments = sorted(one.time for one in (*said, *events))
+    moments = sorted([*(one.time for one in said), *(one.time for one in events)])
     cuts, start = list[float](), 0.0
     for earlier, later in itertools.pairwise(moments):
         if later - earlier > window and later - start >= seconds:
