@@ -273,12 +273,17 @@ def _scored(
     }
 
 
+def _total(said: Sequence[Sequence[Said]], events: Sequence[Sequence[Event]]) -> EventScores:
+    """The scores of all streams together."""
+    return sum((event_scores(*both) for both in zip(said, events, strict=True)), NOTHING)
+
+
 def _best_change(reporter: Reporter, tokens: Sequence[Tensor], events: Sequence[Sequence[Event]]) -> float:
     """The change detector's threshold that does best on the dev streams: the control at its strongest."""
 
     def reached(change: float) -> float:
         said = [reporter.classifier_control(one, change) for one in tokens]
-        return sum((event_scores(*both) for both in zip(said, events, strict=True)), NOTHING).f1
+        return _total(said, events).f1
 
     return max(CHANGES, key=reached)
 
@@ -298,12 +303,12 @@ def _calibrate(
     thing that comes. A lower threshold speaks less, and streams in which things come hardly count what is said where
     nothing does, so of those that are nearly as good the lowest is taken.
     """
+    events = [_events(stream) for stream in streams]
     unasked, waited, both = dict[float, float](), dict[float, float](), dict[float, float]()
     for threshold in reporter.settings.thresholds:
         reporter.threshold = threshold
         said = [narration(one) for one in reporter.play(tokens)]
-        scores = [event_scores(one, _events(stream)) for one, stream in zip(said, streams, strict=True)]
-        unasked[threshold] = sum(scores, NOTHING).f1
+        unasked[threshold] = _total(said, events).f1
         waited[threshold] = _waited(reporter, streams, tokens).f1
         both[threshold] = (unasked[threshold] + waited[threshold]) / 2
         logger.info("threshold=%g f1=%.3f waited_f1=%.3f", threshold, unasked[threshold], waited[threshold])
@@ -344,7 +349,7 @@ def _waited(reporter: Reporter, streams: Sequence[PhotoStream], tokens: Sequence
     targets = [_coming(stream)[-1] for stream in streams]
     asked = [[Question(f"Tell me when {with_article(target.words[0])} appears.", 0.5)] for target in targets]
     said = [narration(one) for one in reporter.play(tokens, asked)]
-    return sum((event_scores(one, [target]) for one, target in zip(said, targets, strict=True)), NOTHING)
+    return _total(said, [[target] for target in targets])
 
 
 def _with_controls(
