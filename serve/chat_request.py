@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
-from serve.client_events import MOST_TOKENS, ClientError, SessionPatch, VideoTime, parse_patch
+from serve.client_events import MOST_TOKENS, ClientError, Seed, SessionPatch, VideoTime, parse_patch
 from serve.recorded import Moment, Question
 
 MOST_IMAGES = 64
@@ -114,7 +114,7 @@ class ChatRequest(BaseModel):
     max_completion_tokens: int | None = Field(default=None, ge=1, le=MOST_TOKENS, description="longest response")
     temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
-    seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 63)
+    seed: Seed | None = None
     video: VideoSettings = VideoSettings()
 
     def check_rest(self) -> None:
@@ -183,6 +183,9 @@ def _patch(request: ChatRequest) -> SessionPatch:
     given: dict[str, object] = {
         "instructions": instructions or None,
         "max_output_tokens": request.max_completion_tokens or request.max_tokens,
+        "temperature": request.temperature,
+        "top_p": request.top_p,
+        "seed": request.seed,
         "video": {"fps": request.video.fps, "threshold": request.video.threshold},
     }
     return parse_patch(given)

@@ -35,6 +35,10 @@ def patched(settings: SessionSettings, patch: SessionPatch) -> SessionSettings:
     changes = {
         "instructions": patch.instructions,
         "max_response_tokens": patch.most_tokens,
+        "temperature": patch.temperature,
+        "top_p": patch.top_p,
+        "repetition_penalty": patch.repetition_penalty,
+        "seed": patch.seed,
         "threshold": video.threshold if video else None,
         "fps": video.fps if video else None,
         "window_trigger": window.trigger if window else None,
@@ -57,6 +61,10 @@ def shown(
         model=model,
         instructions=settings.instructions,
         max_output_tokens=settings.max_response_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        repetition_penalty=settings.repetition_penalty,
+        seed=settings.seed,
         include=sorted(include),
         video=VideoInfo(
             fps=settings.fps,

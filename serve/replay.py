@@ -132,6 +132,7 @@ def as_patch(settings: SessionSettings) -> dict[str, object]:
     video: dict[str, object] = {"fps": settings.fps, "threshold": settings.threshold}
     patch: dict[str, object] = {
         "max_output_tokens": settings.max_response_tokens,
+        **settings.model_dump(include={"temperature", "top_p", "repetition_penalty", "seed"}),
         "video": video | ({"window": window} if window else {}),
     }
     return patch | ({"instructions": settings.instructions} if settings.instructions is not None else {})

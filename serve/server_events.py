@@ -59,6 +59,10 @@ class SessionInfo(BaseModel):
     output_modalities: list[Literal["text"]] = ["text"]
     instructions: str | None = None
     max_output_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
     include: list[str]
     video: VideoInfo
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import shutil
 import tempfile
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated
 
 from fastapi import APIRouter, File, Form, Request, UploadFile
@@ -67,12 +66,9 @@ async def videos(
 
 
 @asynccontextmanager
-async def opened(
-    gateway: Gateway, client: str, patch: SessionPatch, sampling: Mapping[str, float] = MappingProxyType({})
-) -> AsyncIterator[Conversation]:
+async def opened(gateway: Gateway, client: str, patch: SessionPatch) -> AsyncIterator[Conversation]:
     """A session for a recording, begun with its settings. Raises Full and ClientError."""
     async with gateway.conversation(bulk=True, client=client) as conversation:
-        conversation.settings = conversation.settings.model_copy(update=dict(sampling))
         await conversation.update(patch)
         await conversation.open()
         yield conversation

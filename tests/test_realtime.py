@@ -268,6 +268,36 @@ def test_the_state_of_the_video_is_told_while_it_changes(url: str) -> None:
     assert status.frames.lag_p50 > 0
 
 
+def test_a_session_is_sampled_as_its_client_says(url: str) -> None:
+    def spoken(**sampling: float) -> str:
+        with live(url) as client:
+            client.configure(max_output_tokens=24, **sampling)
+            client.ask("Tell me everything.")
+            text = client.until(TextDone).text
+            client.end()
+        return text
+
+    greedy = spoken()
+    assert spoken(seed=5) == greedy
+    sampled = [spoken(temperature=2, repetition_penalty=2, seed=seed) for seed in range(4)]
+    assert len({greedy, *sampled}) > 2
+    assert spoken(temperature=2, repetition_penalty=2, seed=3) == sampled[3]
+    assert spoken(temperature=2, top_p=1e-6) == greedy
+
+
+def test_a_change_of_sampling_is_told_and_in_force_from_there_on(url: str) -> None:
+    with live(url) as client:
+        client.configure(temperature=0.5, video={"drop_policy": "block"})
+        client.frame(0)
+        client.until(FrameDecided)
+        client.say({"type": "session.update", "session": {"temperature": 0, "repetition_penalty": 1.5, "seed": -3}})
+        client.frame(1)
+        while (session := client.until(SessionUpdated).session).seed != -3:
+            pass
+        client.end()
+    assert (session.temperature, session.top_p, session.repetition_penalty) == (0, 1, 1.5)
+
+
 def test_a_response_can_be_cancelled(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The model is kept from ending its answer, or it might be over before the cancellation comes."""
     monkeypatch.setattr("actors.batched.sample", lambda *_: A)

@@ -20,7 +20,8 @@ def test_a_recorded_session_is_replayed_to_the_same_events(
 ) -> None:
     with application(tiny, redis_url, record=str(tmp_path)) as url, live(url) as client:
         session_id = client.until(SessionCreated).session.id
-        client.configure(instructions="Be brief.", max_output_tokens=4, video={"drop_policy": "latest"})
+        sampled = {"temperature": 1.5, "top_p": 0.95, "repetition_penalty": 1.2, "seed": 7}
+        client.configure(instructions="Be brief.", max_output_tokens=4, video={"drop_policy": "latest"}, **sampled)
         client.ask("What is there?", video_time=1.0)
         for index in range(12):
             client.frame(index / 2, picture(20 * index))
