@@ -13,7 +13,16 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
-from serve.client_events import MOST_TOKENS, ClientError, Seed, SessionPatch, VideoTime, parse_patch
+from serve.client_events import (
+    MOST_TOKENS,
+    ClientError,
+    Seed,
+    SessionPatch,
+    Temperature,
+    TopP,
+    VideoTime,
+    parse_patch,
+)
 from serve.recorded import Moment, Question
 
 MOST_IMAGES = 64
@@ -112,8 +121,8 @@ class ChatRequest(BaseModel):
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(default=None, ge=1, le=MOST_TOKENS, description="longest response")
     max_completion_tokens: int | None = Field(default=None, ge=1, le=MOST_TOKENS, description="longest response")
-    temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
-    top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
     seed: Seed | None = None
     video: VideoSettings = VideoSettings()
 

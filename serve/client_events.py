@@ -21,6 +21,8 @@ BINARY_VERSION = 1
 BINARY_HEADER = struct.Struct(">Bd")  # version, video time in seconds
 
 DropPolicy = Literal["latest", "block"]
+Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
+TopP = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
 VideoTime = Annotated[float, Field(strict=True, ge=0, le=1e9, allow_inf_nan=False)]  # a number: not "1", not true
 
@@ -81,8 +83,8 @@ class SessionPatch(Part):
     output_modalities: list[Literal["text"]] | None = Field(default=None, min_length=1, max_length=1)
     instructions: str | None = Field(default=None, max_length=8192)
     max_output_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | Literal["inf"] | None = None
-    temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
-    top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
     repetition_penalty: float | None = Field(default=None, gt=0, le=2, allow_inf_nan=False)
     seed: Seed | None = None
     include: list[Literal["frame_decided"]] | None = Field(default=None, max_length=8)

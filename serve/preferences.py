@@ -9,6 +9,8 @@ from actors.messages import SessionSettings, TolerantSettings
 from serve.client_events import ClientError, DropPolicy, SessionPatch
 from serve.server_events import SessionInfo, VideoInfo, WindowInfo
 
+SAMPLING = {"temperature", "top_p", "repetition_penalty", "seed"}  # named alike by clients and by the engine
+
 
 class Preferences(BaseModel):
     """What is chosen at the moment, by any gateway's account. `opened` is Unix time.
@@ -35,10 +37,7 @@ def patched(settings: SessionSettings, patch: SessionPatch) -> SessionSettings:
     changes = {
         "instructions": patch.instructions,
         "max_response_tokens": patch.most_tokens,
-        "temperature": patch.temperature,
-        "top_p": patch.top_p,
-        "repetition_penalty": patch.repetition_penalty,
-        "seed": patch.seed,
+        **patch.model_dump(include=SAMPLING),
         "threshold": video.threshold if video else None,
         "fps": video.fps if video else None,
         "window_trigger": window.trigger if window else None,
@@ -61,10 +60,7 @@ def shown(
         model=model,
         instructions=settings.instructions,
         max_output_tokens=settings.max_response_tokens,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        repetition_penalty=settings.repetition_penalty,
-        seed=settings.seed,
+        **settings.model_dump(include=SAMPLING),
         include=sorted(include),
         video=VideoInfo(
             fps=settings.fps,

@@ -22,6 +22,7 @@ from websockets.asyncio.client import ClientConnection
 from actors.messages import SessionSettings
 from serve.client_events import pack_binary
 from serve.keys import API_KEY_VARIABLE
+from serve.preferences import SAMPLING
 from serve.recording import Asked, Changed, Finished, Interrupted, Opened, RecordingError, Shown, Told, read
 from serve.server_events import (
     ErrorEvent,
@@ -132,7 +133,7 @@ def as_patch(settings: SessionSettings) -> dict[str, object]:
     video: dict[str, object] = {"fps": settings.fps, "threshold": settings.threshold}
     patch: dict[str, object] = {
         "max_output_tokens": settings.max_response_tokens,
-        **settings.model_dump(include={"temperature", "top_p", "repetition_penalty", "seed"}),
+        **settings.model_dump(include=SAMPLING),
         "video": video | ({"window": window} if window else {}),
     }
     return patch | ({"instructions": settings.instructions} if settings.instructions is not None else {})
