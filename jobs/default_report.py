@@ -17,7 +17,7 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
@@ -68,6 +68,7 @@ FPS = 2.0
 ENCODED_AT_ONCE = 32
 CHANGES = (0.3, 0.5, 0.7, 0.9)  # candidates for the change detector's threshold, chosen on the dev streams
 QUIET_SEED = 900_000_000
+DEV_QUIET_SEED = 910_000_000
 PIECE = 10.0  # seconds of a sample video, at least, that are drawn together for the interval
 
 
@@ -98,12 +99,13 @@ class ReportConfig(Section):
     )
     calibrate: bool = Field(
         default=False,
-        description="store in the checkpoint the one that speaks least of those that do nearly as well as the best on "
-        "the photographs' dev half, unasked and for somebody who waits",
+        description="store in the checkpoint the one that does best on the photographs' dev half, unasked and for "
+        "somebody who waits, of those that are quiet enough where nothing comes",
     )
-    nearly: float = Field(
-        default=0.03, ge=0, lt=1, description="F1, the mean of both, given up for silence where nothing comes"
+    most_alarms: float = Field(
+        default=2, ge=0, description="false alarms an hour of the quiet that a calibrated threshold may raise"
     )
+    dev_quiet_hours: float = Field(default=2, gt=0, description="of other views, to calibrate with")
     at_once: int = Field(default=4, ge=1, description="streams in one step of the engine")
 
 
@@ -203,7 +205,9 @@ def report(config: Config) -> None:
         tokens = [reporter.encode(stream.frames) for stream in dev]
         change = _best_change(reporter, tokens, [_events(stream) for stream in dev])
         if settings.calibrate:
-            results["calibration"] = _calibrate(reporter, dev, tokens, str(config.model.checkpoint))
+            streams = config.section("streams", StreamsConfig)
+            quiet = QuietHours(reporter, streams, settings.dev_quiet_hours, films.dev.scenes, DEV_QUIET_SEED)
+            results["calibration"] = _calibrate(reporter, dev, tokens, quiet, str(config.model.checkpoint))
     elif settings.calibrate:
         raise PhotosError("report.calibrate needs report.cutouts and report.scenes: see docs/default-model.md")
     results["threshold"] = reporter.threshold
@@ -219,7 +223,7 @@ def report(config: Config) -> None:
     if settings.quiet_hours and "quiet" in settings.parts:
         scenes = films.test.scenes if films is not None else ()
         streams = config.section("streams", StreamsConfig)
-        results["quiet"] = _quiet(reporter, streams, settings.quiet_hours, scenes)
+        results["quiet"] = _quiet(reporter, QuietHours(reporter, streams, settings.quiet_hours, scenes, QUIET_SEED))
     folder = Path(settings.folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -288,33 +292,64 @@ def _best_change(reporter: Reporter, tokens: Sequence[Tensor], events: Sequence[
     return max(CHANGES, key=reached)
 
 
-def most_silent(curve: Mapping[float, float], nearly: float) -> float:
-    """The lowest threshold of those whose F1 in `curve` is at most `nearly` below the best."""
-    enough = max(curve.values()) - nearly
-    return min(threshold for threshold, f1 in curve.items() if f1 >= enough and f1)
+def alarms(p_silent: Sequence[float], spoke: Sequence[int], threshold: float) -> int:
+    """How often the threshold would raise a false alarm in a stream that was played in silence, about.
+
+    Frames below it that follow each other are one alarm: after it, the model has said what it saw. At the frames
+    `spoke` silence was not the likeliest, so that it speaks there at any threshold.
+    """
+    below = [p < threshold or frame in spoke for frame, p in enumerate(p_silent)]
+    return sum(now and not before for before, now in itertools.pairwise((False, *below)))
+
+
+def best_quiet(curve: Mapping[float, float], an_hour: Mapping[float, float], most: float) -> float:
+    """The threshold that is best by `curve` of those with at most `most` false alarms an hour; of equals the lowest.
+
+    Raises PhotosError where all have more, or none names anything.
+    """
+    quiet = {threshold: value for threshold, value in curve.items() if an_hour[threshold] <= most}
+    if not quiet:
+        found = ", ".join(f"{an_hour[threshold]:.1f} at {threshold:g}" for threshold in sorted(an_hour))
+        raise PhotosError(
+            f"report.calibrate: false alarms an hour are {found}, expected at most {most:g} at one of "
+            "report.thresholds: give lower ones, or raise report.most_alarms"
+        )
+    if not max(quiet.values()):
+        raise PhotosError("report.calibrate: the model named nothing right at any of report.thresholds, none is stored")
+    return max(sorted(quiet), key=lambda threshold: quiet[threshold])
 
 
 def _calibrate(
-    reporter: Reporter, streams: Sequence[PhotoStream], tokens: Sequence[Tensor], name: str
+    reporter: Reporter, streams: Sequence[PhotoStream], tokens: Sequence[Tensor], quiet: QuietHours, name: str
 ) -> dict[str, object]:
     """Choose the threshold on the dev streams, use it, and store it in the checkpoint.
 
     What counts is the mean of two F1: of what is said unasked, and of what somebody is told who waits for the last
-    thing that comes. A lower threshold speaks less, and streams in which things come hardly count what is said where
-    nothing does, so of those that are nearly as good the lowest is taken.
+    thing that comes. Streams in which things come hardly count what is said where nothing does; that is what `quiet`
+    is for, in which the model is kept silent, so that one pass serves all thresholds.
     """
     events = [_events(stream) for stream in streams]
     unasked, waited, both = dict[float, float](), dict[float, float](), dict[float, float]()
+    reporter.threshold = 0
+    silent = list(quiet.transcripts())
+    raised = {
+        threshold: sum(alarms(one.p_silent, one.spoke, threshold) for one in silent) / quiet.hours
+        for threshold in reporter.settings.thresholds
+    }
     for threshold in reporter.settings.thresholds:
         reporter.threshold = threshold
         said = [narration(one) for one in reporter.play(tokens)]
         unasked[threshold] = _total(said, events).f1
         waited[threshold] = _waited(reporter, streams, tokens).f1
         both[threshold] = (unasked[threshold] + waited[threshold]) / 2
-        logger.info("threshold=%g f1=%.3f waited_f1=%.3f", threshold, unasked[threshold], waited[threshold])
-    if not max(unasked.values()):
-        raise PhotosError("report.calibrate: the model named nothing right at any of report.thresholds, none is stored")
-    chosen = reporter.threshold = most_silent(both, reporter.settings.nearly)
+        logger.info(
+            "threshold=%g f1=%.3f waited_f1=%.3f false_alarms_an_hour=%.1f",
+            threshold,
+            unasked[threshold],
+            waited[threshold],
+            raised[threshold],
+        )
+    chosen = reporter.threshold = best_quiet(both, raised, reporter.settings.most_alarms)
     digest = hashlib.sha256(b"".join(one.numpy().tobytes() for one in tokens)).hexdigest()
     calibration = Calibration(
         format_version=1,
@@ -331,7 +366,8 @@ def _calibrate(
     )
     write_calibration(checkpoint_folder(name), calibration)
     return {
-        f"at {threshold:g}": f"F1 {f1:.3f} unasked, {waited[threshold]:.3f} for who waits"
+        f"at {threshold:g}": f"F1 {f1:.3f} unasked, {waited[threshold]:.3f} for who waits, "
+        f"{raised[threshold]:.1f} false alarms an hour"
         for threshold, f1 in unasked.items()
     }
 
@@ -425,41 +461,54 @@ def _questions(reporter: Reporter, film: PhotoFilm, count: int) -> dict[str, obj
     }
 
 
-def _quiet(
-    reporter: Reporter, streams: StreamsConfig, hours: float, scenes: Sequence[Image.Image]
-) -> dict[str, object]:
-    """Hours of scenes in which the classifier is sure of nothing, at most ten minutes a stream: false alarms.
+class QuietHours:
+    """Hours of scenes in which the classifier is sure of nothing, at most ten minutes a stream.
 
     With `scenes`, photographs that nothing was trained on; else other views of those that were backgrounds.
     """
-    made = material(streams, reporter.classifier)
-    numbers = np.random.default_rng(QUIET_SEED)
-    clips = list[Tensor]()
-    while len(clips) < reporter.settings.quiet_clips:
-        frames, right = clip(numbers, 16)
-        if scenes:
-            frames = filmed(scenes[int(numbers.integers(len(scenes)))], numbers, 16)
-        elif right:
-            continue
-        field = reporter.classifier.trunk(torch.from_numpy(frames))
-        if not misread(reporter.classifier, field, ()):
-            clips.append(field.half())
-    still = replace(made, clips=torch.stack(clips), clip_names=[()] * len(clips))
-    maker = StreamMaker(still, reporter.classifier, reporter.pooled)
-    length = int(min(600, hours * 3600) * FPS)
-    alarms = list[str]()
-    count = max(1, round(hours * 6))
-    seeds, at_once = range(QUIET_SEED, QUIET_SEED + count), reporter.settings.at_once
-    for first in tqdm(range(0, count, at_once), desc="quiet", disable=not sys.stderr.isatty()):
-        for transcript in reporter.play([maker.quiet(seed, length) for seed in seeds[first : first + at_once]]):
-            alarms += [one.text for one in narration(transcript)]
-    played = count * length / FPS / 3600
-    low, high = (edge / played for edge in poisson_interval(len(alarms)))
+
+    def __init__(
+        self, reporter: Reporter, streams: StreamsConfig, hours: float, scenes: Sequence[Image.Image], seed: int
+    ) -> None:
+        self.reporter = reporter
+        made = material(streams, reporter.classifier)
+        numbers = np.random.default_rng(seed)
+        clips = list[Tensor]()
+        while len(clips) < reporter.settings.quiet_clips:
+            frames, right = clip(numbers, 16)
+            if scenes:
+                frames = filmed(scenes[int(numbers.integers(len(scenes)))], numbers, 16)
+            elif right:
+                continue
+            field = reporter.classifier.trunk(torch.from_numpy(frames))
+            if not misread(reporter.classifier, field, ()):
+                clips.append(field.half())
+        still = replace(made, clips=torch.stack(clips), clip_names=[()] * len(clips))
+        self._maker = StreamMaker(still, reporter.classifier, reporter.pooled)
+        self._length = int(min(600, hours * 3600) * FPS)
+        self._seeds = range(seed, seed + max(1, round(hours * 6)))
+
+    @property
+    def hours(self) -> float:
+        return len(self._seeds) * self._length / FPS / 3600
+
+    def transcripts(self) -> Iterator[Transcript]:
+        """What the model says at the reporter's threshold, stream by stream."""
+        at_once = self.reporter.settings.at_once
+        for first in tqdm(range(0, len(self._seeds), at_once), desc="quiet", disable=not sys.stderr.isatty()):
+            seeds = self._seeds[first : first + at_once]
+            yield from self.reporter.play([self._maker.quiet(seed, self._length) for seed in seeds])
+
+
+def _quiet(reporter: Reporter, quiet: QuietHours) -> dict[str, object]:
+    """False alarms."""
+    raised = [one.text for transcript in quiet.transcripts() for one in narration(transcript)]
+    low, high = (edge / quiet.hours for edge in poisson_interval(len(raised)))
     return {
-        "hours": round(played, 2),
-        "false alarms": len(alarms),
-        "an hour": f"{len(alarms) / played:.2f} ({low:.2f} to {high:.2f})",
-        "such as": "; ".join(alarms[:5]) or "none",
+        "hours": round(quiet.hours, 2),
+        "false alarms": len(raised),
+        "an hour": f"{len(raised) / quiet.hours:.2f} ({low:.2f} to {high:.2f})",
+        "such as": "; ".join(raised[:5]) or "none",
     }
 
 

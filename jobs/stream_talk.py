@@ -29,6 +29,9 @@ SO_FAR = ("What have you seen so far?", "What did you see until now?")
 IS_THERE = ("Is there {thing}?", "Do you see {thing}?", "Can you see {thing} now?")
 AGREED = "All right."
 REMEMBERED = 4  # most names in one answer
+LATER = 0.5  # share of those who wait that say so only in the first LATEST frames
+LATEST = 8
+AGAIN = 0.25  # share of the questions of who waits that are for something else to wait for
 
 Event = tuple[Literal["appears", "returns", "gone"], str]
 
@@ -111,8 +114,8 @@ class Talk:
     """A conversation over a stream, written frame by frame; `random` decides who asks what and when.
 
     When `narrated`, somebody asks for narration before the first frame, and nothing else is asked. `waits` says whether
-    somebody waits for something from the beginning, perhaps for what only looks like what comes; None leaves that to
-    chance.
+    somebody waits for something, perhaps for what only looks like what comes; None leaves that to chance. Who is
+    curious may ask for it in one of the first frames only, and for something else later.
     """
 
     random: Random
@@ -123,12 +126,18 @@ class Talk:
     view: View = field(default_factory=View)
     watched: str | None = None
 
+    @property
+    def _restless(self) -> bool:
+        """Whether somebody may ask in the middle of the stream to be told of something."""
+        return self.curious and bool(self.waits)
+
     def conversation(self, shown: Sequence[str | None], system_prompt: str) -> list[Turn]:
         """The turns over frames that show these names, one a frame."""
         return [System(content=system_prompt), *self._turns(shown)]
 
     def _turns(self, shown: Sequence[str | None]) -> Iterator[Turn]:
-        yield from self._opening(shown)
+        later = self.random.randint(0, LATEST) if self._restless and self.random.random() < LATER else None
+        yield from self._opening(shown, bool(self.waits) and later is None)
         asked = set[int]()
         if not self.narrated:
             asked = self._curious_frames(shown) if self.curious else self._question_frames(len(shown))
@@ -140,8 +149,11 @@ class Talk:
             if said is not None:
                 yield from (Stream(num_frames=waiting, learn=True), Assistant(content=said, learn=True))
                 waiting = 0
-            elif frame in asked and event is None:
-                question, answer = self._question(shown[frame + 1 :])
+            elif event is None and (frame in asked or (later is not None and frame >= later)):
+                if later is None:
+                    question, answer = self._question(shown[frame + 1 :])
+                else:
+                    question, answer, later = self._watch(shown[frame + 1 :]), AGREED, None
                 # The frame at which somebody asks is no decision of the model's.
                 yield Stream(num_frames=waiting, learn=waiting - 1)
                 yield from (User(content=question), Assistant(content=answer, learn=True))
@@ -149,7 +161,7 @@ class Talk:
         if waiting:
             yield Stream(num_frames=waiting, learn=True)
 
-    def _opening(self, shown: Sequence[str | None]) -> Iterator[Turn]:
+    def _opening(self, shown: Sequence[str | None], waits: bool) -> Iterator[Turn]:
         """What stands before the first frame: nothing, an instruction, or what a cut context remembers."""
         if self.narrated:
             yield User(content=self.random.choice(NARRATE))
@@ -157,8 +169,7 @@ class Talk:
             return
         kind = self.random.random()
         remembered = " ".join(self._remembered()) if self.random.random() < 0.2 else ""
-        waits = 0.3 if self.waits is None else float(self.waits)
-        if kind < waits:
+        if kind < (0.3 if self.waits is None else float(waits)):
             yield User(content=self._watch(shown))
             yield Assistant(content=f"{AGREED} {remembered}".rstrip(), learn=not remembered)
         elif kind < 0.55:
@@ -216,6 +227,8 @@ class Talk:
         return moments
 
     def _question(self, later: Sequence[str | None]) -> tuple[str, str]:
+        if self._restless and self.random.random() < AGAIN:
+            return self._watch(later), AGREED
         kind, view = self.random.random() * (0.75 if self.curious else 1), self.view
         if kind < 0.25:
             return self.random.choice(NOW), answer_now(view)

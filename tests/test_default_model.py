@@ -18,7 +18,8 @@ from actors.config import load_config
 from actors.encoder import FrameEncoder
 from actors.engine import EngineConfig
 from actors.messages import SessionSettings
-from jobs.default_report import most_silent
+from jobs.default_report import alarms, best_quiet
+from jobs.photo_streams import PhotosError
 from jobs.replay import FrameChunk, Recording, replay
 
 REPOSITORY = Path(__file__).parents[1]
@@ -34,11 +35,23 @@ def job(name: str, root: Path, *overrides: str) -> str:
     return run.stderr
 
 
-def test_of_thresholds_that_are_nearly_as_good_the_one_that_speaks_least_is_taken() -> None:
-    curve = {0.2: 0.70, 0.3: 0.74, 0.4: 0.75, 0.6: 0.76, 0.8: 0.72}
-    assert most_silent(curve, 0) == 0.6
-    assert most_silent(curve, 0.03) == 0.3
-    assert most_silent(curve, 0.5) == 0.2
+def test_of_thresholds_that_are_quiet_enough_the_best_is_taken() -> None:
+    curve = {0.1: 0.70, 0.2: 0.74, 0.3: 0.74, 0.4: 0.75}
+    an_hour = {0.1: 0.0, 0.2: 1.5, 0.3: 2.0, 0.4: 2.5}
+    assert best_quiet(curve, an_hour, 3) == 0.4
+    assert best_quiet(curve, an_hour, 2) == 0.2
+    assert best_quiet(curve, an_hour, 0) == 0.1
+    with pytest.raises(PhotosError, match=r"0\.5 at 0\.1, 1\.0 at 0\.2, expected at most 0\.2.*most_alarms"):
+        best_quiet({0.1: 0.7, 0.2: 0.7}, {0.1: 0.5, 0.2: 1}, 0.2)
+    with pytest.raises(PhotosError, match="named nothing right"):
+        best_quiet({0.1: 0.0}, {0.1: 0}, 2)
+
+
+def test_frames_below_a_threshold_that_follow_each_other_are_one_false_alarm() -> None:
+    p_silent = [0.9, 0.3, 0.2, 0.9, 0.1, 0.6]
+    assert [alarms(p_silent, [], threshold) for threshold in (0, 0.15, 0.25, 0.35, 0.7)] == [0, 1, 2, 2, 2]
+    assert alarms(p_silent, [5], 0.15) == 1, "5 goes on with 4"
+    assert alarms(p_silent, [0], 0.15) == 2, "it spoke there at threshold 0"
 
 
 @pytest.mark.slow

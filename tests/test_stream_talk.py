@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from random import Random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.turns import Assistant, Stream, User
+from actors.turns import Assistant, Stream, Turn, User
 from jobs.stream_talk import (
+    AGREED,
     NARRATE,
     Talk,
     View,
@@ -101,18 +103,45 @@ def test_a_watcher_is_told_of_nothing_else(seed: int) -> None:
         before = turn
 
 
-def test_who_waits_is_told_every_time_and_may_wait_for_a_relative_in_vain() -> None:
-    shown = [None, "cat", "cat", None, None, "teapot", "teapot", None, None, "cat", "cat", "cat"]
-    watched = dict[str | None, int]()
-    for seed in range(200):
-        talk = Talk(Random(seed), ("cat", "dog", "teapot", "wrench"), curious=True, waits=True)
-        turns = talk.conversation(shown, "system")
-        told = sum(isinstance(turn, Assistant) and "is here now" in turn.content for turn in turns[3:])
-        if not talk.view.history[:-3]:  # nothing is remembered of a former context
-            assert told == {"cat": 2, "teapot": 1}.get(talk.watched or "", 0)
-        watched[talk.watched] = watched.get(talk.watched, 0) + 1
-    assert watched["dog"] > 20
-    assert "wrench" not in watched
+WAITED = [None, "cat", "cat", None, None, "teapot", "teapot", None, None, "cat", "cat", "cat", None, None]
+
+
+def waiting(seed: int) -> tuple[Talk, list[Turn]]:
+    talk = Talk(Random(seed), ("cat", "dog", "teapot", "wrench"), curious=True, waits=True)
+    return talk, talk.conversation(WAITED, "system")[1:]
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_who_waits_is_told_every_time_of_what_was_asked_for_last(seed: int) -> None:
+    _, turns = waiting(seed)
+    frame, watched, told = 0, None, list[tuple[int, str]]()
+    wanted = list[tuple[int, str]]()
+    for turn, following in itertools.pairwise([*turns, None]):
+        if isinstance(turn, Stream):
+            coming = {2: "cat", 6: "teapot", 10: "cat"}
+            passed = range(frame, frame + turn.num_frames)
+            wanted += [(at, name) for at, name in coming.items() if at in passed and name == watched]
+            frame += turn.num_frames
+        elif isinstance(turn, User) and isinstance(following, Assistant) and following.content.startswith(AGREED):
+            watched = next((name for name in ("cat", "dog", "teapot", "wrench") if name in turn.content), None)
+        elif isinstance(turn, Assistant) and "is here now" in turn.content and not turn.content.startswith(AGREED):
+            told.append((frame - 1, turn.content.split()[1]))
+    assert told == wanted
+
+
+def test_who_waits_may_say_so_late_and_again_and_for_a_relative_in_vain() -> None:
+    talks = [waiting(seed) for seed in range(200)]
+    requests = [
+        [place for place, turn in enumerate(turns) if isinstance(turn, User) and "narrat" not in turn.content.lower()
+         and any(turn.content.startswith(word) for word in ("Tell me when", "Let me know", "Say so"))]
+        for _, turns in talks
+    ]  # fmt: skip
+    assert all(requests), "somebody waits in every stream"
+    assert 60 < sum(places[0] == 0 for places in requests) < 140, "half of them from the beginning"
+    assert sum(len(places) > 1 for places in requests) > 30
+    watched = [talk.watched for talk, _ in talks]
+    assert watched.count("dog") > 20
+    assert watched.count("cat") > 20
 
 
 @pytest.mark.parametrize("seed", range(10))
