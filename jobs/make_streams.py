@@ -63,6 +63,9 @@ class StreamSet(Section):
     gap: tuple[int, int] = Field(default=(2, 16), description="frames without a thing between two of them")
     stay: tuple[int, int] = Field(default=(4, 20), description="frames for which a thing is there")
     quiet: float = Field(default=0.12, ge=0, le=1, description="share of the streams in which nothing comes")
+    still: tuple[int, int] | None = Field(
+        default=None, description="shortest and longest of those in which nothing comes; null: as the others"
+    )
     haunted: float = Field(
         default=0, ge=0, le=1, description="share of the places that look like a bee, say, and are none"
     )
@@ -116,8 +119,8 @@ class StreamsConfig(Section):
             "dense": StreamSet(streams=1000, frames=(16, 28), gap=(2, 8), quiet=0.05),
             "long": StreamSet(streams=1600, frames=(30, 90)),
         },
-        description="by name; each with streams, frames, and perhaps gap, stay, quiet, haunted, waiting, few, drawn, "
-        "blended, blends, curious, narrated: see StreamSet in jobs/make_streams.py",
+        description="by name; each with streams, frames, and perhaps gap, stay, quiet, still, haunted, waiting, few, "
+        "drawn, blended, blends, curious, narrated: see StreamSet in jobs/make_streams.py",
     )
 
 
@@ -294,8 +297,12 @@ def _make_set(
             chance = random.Random(seed)
             waits = None if wanted.waiting is None else chance.random() < wanted.waiting
             few = wanted.few if waits else None
+            quiet, frames = wanted.quiet, wanted.frames
+            if wanted.still is not None:
+                quiet = float(chance.random() < quiet)
+                frames = wanted.still if quiet else frames
             what = Happenings(
-                wanted.quiet,
+                quiet,
                 wanted.gap,
                 wanted.stay,
                 wanted.haunted,
@@ -304,7 +311,7 @@ def _make_set(
                 wanted.blended,
                 wanted.blends,
             )
-            made = maker.make(seed, chance.randint(*wanted.frames), what)
+            made = maker.make(seed, chance.randint(*frames), what)
             video = f"{name}-{seed - first:05d}"
             length = len(made.shown)
             with store.writer(video, "made up") as writer:

@@ -18,12 +18,15 @@ from actors.config import ConfigError, FrameConfig, ModelConfig, load_config
 from actors.efficientnet import WIDTH, load_embedded
 from actors.embedded import embedded_llm
 from actors.encoder import FrameEncoder
+from actors.turns import Assistant
 from jobs.backgrounds import SIDE, TEXT, title_card
 from jobs.class_fields import CELLS, Aim, Classifier, Injector, Place, fitted, patches
 from jobs.connector_start import start_connector, units
+from jobs.dialogue_files import read_dialogues
 from jobs.fitted_streams import FittedMaker
+from jobs.frame_store import StoreInfo
 from jobs.made_streams import Happenings, Material, StreamMaker
-from jobs.make_streams import make
+from jobs.make_streams import StreamSet, _make_set, make
 from jobs.object_names import ELUSIVE
 
 POOLED = (2, 2)
@@ -121,6 +124,20 @@ def test_a_quiet_stream_shows_text_at_most(maker: StreamMaker) -> None:
 
 def test_quiet_scenes_have_no_text(maker: StreamMaker) -> None:
     assert maker.quiet(1, 300).shape == (300, 5, WIDTH)
+
+
+def test_streams_in_which_nothing_comes_may_be_longer(
+    maker: StreamMaker, classifier: Classifier, tmp_path: Path
+) -> None:
+    info = StoreInfo(fingerprint="made", vision="embedded", fps=2, num_tokens=5, width=WIDTH)
+    wanted = StreamSet(streams=12, frames=(8, 10), quiet=0.5, still=(20, 24))
+    _make_set(maker, classifier, info, "calm", wanted, 0, 0, tmp_path)
+    made = read_dialogues(tmp_path / "dialogues" / "train.jsonl")
+    long = [one for one in made if one.frames[1] > 10]
+    assert 2 < len(long) < 10
+    assert {one.frames[1] for one in made} <= {8, 9, 10, *range(20, 25)}
+    said = [turn.content for one in long for turn in one.conversation if isinstance(turn, Assistant) and turn.learn]
+    assert all(TEXT in text.lower() for text in said if "comes into view" in text)
 
 
 @pytest.fixture(scope="module")
