@@ -92,6 +92,14 @@ class StreamSet(Section):
         description="blended things are like that many classes of the kind instead, at least and at most",
     )
     curious: bool = Field(default=False, description="somebody asks in every stream, most often soon after a change")
+    questions: tuple[int, int] = Field(default=(1, 4), description="of who is curious, at least and at most")
+    earlier: float = Field(
+        default=0,
+        ge=0,
+        le=1,
+        description="share of them that are about what was in view before, where something else is now; by chance few "
+        "are, and the last thing that was named is then the answer to most",
+    )
     narrated: bool = Field(default=False, description="every stream is narrated, and nobody asks anything else")
 
 
@@ -120,7 +128,7 @@ class StreamsConfig(Section):
             "long": StreamSet(streams=1600, frames=(30, 90)),
         },
         description="by name; each with streams, frames, and perhaps gap, stay, quiet, still, haunted, waiting, few, "
-        "drawn, blended, blends, curious, narrated: see StreamSet in jobs/make_streams.py",
+        "drawn, blended, blends, curious, questions, earlier, narrated: see StreamSet in jobs/make_streams.py",
     )
 
 
@@ -317,7 +325,15 @@ def _make_set(
             with store.writer(video, "made up") as writer:
                 writer.append([frame / FPS for frame in range(length)], made.tokens.contiguous())
                 writer.commit()
-            talk = Talk(chance, nameable, curious=wanted.curious, narrated=wanted.narrated, waits=waits)
+            talk = Talk(
+                chance,
+                nameable,
+                curious=wanted.curious,
+                narrated=wanted.narrated,
+                waits=waits,
+                questions=wanted.questions,
+                earlier=wanted.earlier,
+            )
             turns = talk.conversation(made.shown, DEFAULT_SYSTEM_PROMPT)
             dialogue = Dialogue(
                 dialogue_id=video,

@@ -115,7 +115,8 @@ class Talk:
 
     When `narrated`, somebody asks for narration before the first frame, and nothing else is asked. `waits` says whether
     somebody waits for something, perhaps for what only looks like what comes; None leaves that to chance. Who is
-    curious may ask for it in one of the first frames only, and for something else later.
+    curious may ask for it in one of the first frames only, and for something else later. Such ask `questions`, at least
+    and at most; where something is in view and something else was before, a share of `earlier` is about that.
     """
 
     random: Random
@@ -125,6 +126,8 @@ class Talk:
     waits: bool | None = None
     view: View = field(default_factory=View)
     watched: str | None = None
+    questions: tuple[int, int] = (1, 4)
+    earlier: float = 0
 
     @property
     def _restless(self) -> bool:
@@ -216,10 +219,10 @@ class Talk:
         return {self.random.randrange(2, max(3, length)) for _ in range(count)}
 
     def _curious_frames(self, shown: Sequence[str | None]) -> set[int]:
-        """Up to four moments, most of them some seconds after what is in view has changed."""
+        """As many moments as `questions`, most of them some seconds after what is in view has changed."""
         changes = [frame for frame in range(2, len(shown)) if shown[frame] == shown[frame - 1] != shown[frame - 2]]
         moments = set[int]()
-        for _ in range(self.random.randint(1, 4)):
+        for _ in range(self.random.randint(*self.questions)):
             frame = self.random.randrange(2, max(3, len(shown)))
             if changes and self.random.random() < 0.7:
                 frame = self.random.choice(changes) + self.random.randint(1, 8)
@@ -229,18 +232,24 @@ class Talk:
     def _question(self, later: Sequence[str | None]) -> tuple[str, str]:
         if self._restless and self.random.random() < AGAIN:
             return self._watch(later), AGREED
-        kind, view = self.random.random() * (0.75 if self.curious else 1), self.view
+        view = self.view
+        if self.earlier and view.current and view.before() and self.random.random() < self.earlier:
+            return self._about_before(), answer_before(view)
+        kind = self.random.random() * (0.75 if self.curious else 1)
         if kind < 0.25:
             return self.random.choice(NOW), answer_now(view)
         if kind < 0.55:
-            about = BEFORE_IT if view.current and self.random.random() < 0.6 else BEFORE
-            return self.random.choice(about).format(name=view.current), answer_before(view)
+            return self._about_before(), answer_before(view)
         if kind < 0.7:
             return self.random.choice(SO_FAR), answer_so_far(view)
         if kind < 0.88:
             seen = view.current if view.current and self.random.random() < 0.5 else self.random.choice(self.names)
             return self.random.choice(IS_THERE).format(thing=with_article(seen)), answer_is_there(view, seen)
         return self._watch(later), AGREED
+
+    def _about_before(self) -> str:
+        about = BEFORE_IT if self.view.current and self.random.random() < 0.6 else BEFORE
+        return self.random.choice(about).format(name=self.view.current)
 
 
 def _sentence(text: str) -> str:

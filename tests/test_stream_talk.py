@@ -144,6 +144,28 @@ def test_who_waits_may_say_so_late_and_again_and_for_a_relative_in_vain() -> Non
     assert watched.count("cat") > 20
 
 
+def test_questions_about_what_was_before_can_be_frequent_while_something_else_is_in_view() -> None:
+    shown = [*[None] * 2, *["cat"] * 8, *["dog"] * 8]
+
+    def about_before(earlier: float) -> int:
+        found = 0
+        for seed in range(100):
+            talk = Talk(Random(seed), NAMES, curious=True, waits=False, questions=(2, 5), earlier=earlier)
+            turns = talk.conversation(shown, "system")
+            found += sum(isinstance(turn, Assistant) and turn.content == "Before that I saw a cat." for turn in turns)
+        return found
+
+    assert about_before(1) > 1.5 * about_before(0) > 0
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_as_many_questions_as_wanted_are_asked_at_most(seed: int) -> None:
+    shown = [*[None] * 10, *["cat"] * 10, *[None] * 30]
+    turns = Talk(Random(seed), NAMES, curious=True, waits=False, questions=(3, 3)).conversation(shown, "system")
+    asked = [turn for turn in turns if isinstance(turn, User) and turn.content not in NARRATE]
+    assert 1 <= len(asked) <= 3
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_nobody_waits_who_is_not_to(seed: int) -> None:
     talk = Talk(Random(seed), NAMES, curious=True, waits=False)
