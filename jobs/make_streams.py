@@ -100,6 +100,9 @@ class StreamSet(Section):
         description="share of them that are about what was in view before, where something else is now; by chance few "
         "are, and the last thing that was named is then the answer to most",
     )
+    reminded: bool = Field(
+        default=False, description="answers about what was in view before name what is there now first"
+    )
     narrated: bool = Field(default=False, description="every stream is narrated, and nobody asks anything else")
 
 
@@ -128,7 +131,7 @@ class StreamsConfig(Section):
             "long": StreamSet(streams=1600, frames=(30, 90)),
         },
         description="by name; each with streams, frames, and perhaps gap, stay, quiet, still, haunted, waiting, few, "
-        "drawn, blended, blends, curious, questions, earlier, narrated: see StreamSet in jobs/make_streams.py",
+        "drawn, blended, blends, curious, questions, earlier, reminded, narrated: StreamSet in jobs/make_streams.py",
     )
 
 
@@ -333,6 +336,7 @@ def _make_set(
                 waits=waits,
                 questions=wanted.questions,
                 earlier=wanted.earlier,
+                reminded=wanted.reminded,
             )
             turns = talk.conversation(made.shown, DEFAULT_SYSTEM_PROMPT)
             dialogue = Dialogue(

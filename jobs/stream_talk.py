@@ -86,10 +86,11 @@ def answer_now(view: View) -> str:
     return f"I see {with_article(view.current)}." if view.current else "Nothing that I can name."
 
 
-def answer_before(view: View) -> str:
-    """To what was in view before."""
+def answer_before(view: View, reminded: bool = False) -> str:
+    """To what was in view before; `reminded` of what is there now, which is then not taken for it."""
     name = view.before()
-    return f"Before that I saw {with_article(name)}." if name else "Nothing that I can name."
+    now = f"the {view.current}" if reminded and view.current else "that"
+    return f"Before {now} I saw {with_article(name)}." if name else "Nothing that I can name."
 
 
 def answer_so_far(view: View) -> str:
@@ -116,7 +117,8 @@ class Talk:
     When `narrated`, somebody asks for narration before the first frame, and nothing else is asked. `waits` says whether
     somebody waits for something, perhaps for what only looks like what comes; None leaves that to chance. Who is
     curious may ask for it in one of the first frames only, and for something else later. Such ask `questions`, at least
-    and at most; where something is in view and something else was before, a share of `earlier` is about that.
+    and at most; where something is in view and something else was before, a share of `earlier` is about that. When
+    `reminded`, the answer names what is in view first.
     """
 
     random: Random
@@ -128,6 +130,7 @@ class Talk:
     watched: str | None = None
     questions: tuple[int, int] = (1, 4)
     earlier: float = 0
+    reminded: bool = False
 
     @property
     def _restless(self) -> bool:
@@ -234,12 +237,12 @@ class Talk:
             return self._watch(later), AGREED
         view = self.view
         if self.earlier and view.current and view.before() and self.random.random() < self.earlier:
-            return self._about_before(), answer_before(view)
+            return self._about_before(), answer_before(view, self.reminded)
         kind = self.random.random() * (0.75 if self.curious else 1)
         if kind < 0.25:
             return self.random.choice(NOW), answer_now(view)
         if kind < 0.55:
-            return self._about_before(), answer_before(view)
+            return self._about_before(), answer_before(view, self.reminded)
         if kind < 0.7:
             return self.random.choice(SO_FAR), answer_so_far(view)
         if kind < 0.88:

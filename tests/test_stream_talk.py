@@ -74,6 +74,8 @@ def test_answers() -> None:
     assert answer_is_there(view, "owl") == "No."
     view = seen("cat", "cat", "dog", "dog")
     assert answer_now(view) == "I see a dog."
+    assert answer_before(view, reminded=True) == "Before the dog I saw a cat."
+    assert answer_before(seen("cat", "cat", None, None), reminded=True) == "Before that I saw a cat."
     assert answer_before(view) == "Before that I saw a cat."
     assert answer_is_there(view, "dog") == "Yes, I see a dog."
     assert answer_is_there(view, "cat") == "No, I see a dog."
