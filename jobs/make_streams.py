@@ -92,6 +92,9 @@ class StreamSet(Section):
         description="blended things are like that many classes of the kind instead, at least and at most",
     )
     curious: bool = Field(default=False, description="somebody asks in every stream, most often soon after a change")
+    sudden: bool = Field(
+        default=False, description="who waits may say so in the midst of the stream, and wait for something else later"
+    )
     questions: tuple[int, int] = Field(default=(1, 4), description="of who is curious, at least and at most")
     earlier: float = Field(
         default=0,
@@ -131,7 +134,8 @@ class StreamsConfig(Section):
             "long": StreamSet(streams=1600, frames=(30, 90)),
         },
         description="by name; each with streams, frames, and perhaps gap, stay, quiet, still, haunted, waiting, few, "
-        "drawn, blended, blends, curious, questions, earlier, reminded, narrated: StreamSet in jobs/make_streams.py",
+        "drawn, blended, blends, curious, sudden, questions, earlier, reminded, narrated: see StreamSet in "
+        "jobs/make_streams.py",
     )
 
 
@@ -334,6 +338,7 @@ def _make_set(
                 curious=wanted.curious,
                 narrated=wanted.narrated,
                 waits=waits,
+                sudden=wanted.sudden,
                 questions=wanted.questions,
                 earlier=wanted.earlier,
                 reminded=wanted.reminded,

@@ -115,10 +115,10 @@ class Talk:
     """A conversation over a stream, written frame by frame; `random` decides who asks what and when.
 
     When `narrated`, somebody asks for narration before the first frame, and nothing else is asked. `waits` says whether
-    somebody waits for something, perhaps for what only looks like what comes; None leaves that to chance. Who is
-    curious may ask for it in one of the first frames only, and for something else later. Such ask `questions`, at least
-    and at most; where something is in view and something else was before, a share of `earlier` is about that. When
-    `reminded`, the answer names what is in view first.
+    somebody waits for something, perhaps for what only looks like what comes; None leaves that to chance. When
+    `sudden`, it may be asked for in one of the first frames only, and for something else later. The curious ask
+    `questions`, at least and at most; where something is in view and something else was before, a share of `earlier` is
+    about that. When `reminded`, the answer names what is in view first.
     """
 
     random: Random
@@ -128,6 +128,7 @@ class Talk:
     waits: bool | None = None
     view: View = field(default_factory=View)
     watched: str | None = None
+    sudden: bool = False
     questions: tuple[int, int] = (1, 4)
     earlier: float = 0
     reminded: bool = False
@@ -135,7 +136,7 @@ class Talk:
     @property
     def _restless(self) -> bool:
         """Whether somebody may ask in the middle of the stream to be told of something."""
-        return self.curious and bool(self.waits)
+        return self.sudden and bool(self.waits)
 
     def conversation(self, shown: Sequence[str | None], system_prompt: str) -> list[Turn]:
         """The turns over frames that show these names, one a frame."""

@@ -109,7 +109,7 @@ WAITED = [None, "cat", "cat", None, None, "teapot", "teapot", None, None, "cat",
 
 
 def waiting(seed: int) -> tuple[Talk, list[Turn]]:
-    talk = Talk(Random(seed), ("cat", "dog", "teapot", "wrench"), curious=True, waits=True)
+    talk = Talk(Random(seed), ("cat", "dog", "teapot", "wrench"), curious=True, waits=True, sudden=True)
     return talk, talk.conversation(WAITED, "system")[1:]
 
 
