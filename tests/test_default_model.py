@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -19,8 +20,10 @@ from actors.encoder import FrameEncoder
 from actors.engine import EngineConfig
 from actors.messages import SessionSettings
 from jobs.default_report import alarms, best_quiet
+from jobs.make_streams import StreamsConfig
 from jobs.photo_streams import PhotosError
 from jobs.replay import FrameChunk, Recording, replay
+from jobs.training_config import TrainingConfig
 
 REPOSITORY = Path(__file__).parents[1]
 SETTINGS = str(REPOSITORY / "configs" / "default_model.yaml")
@@ -52,6 +55,21 @@ def test_frames_below_a_threshold_that_follow_each_other_are_one_false_alarm() -
     assert [alarms(p_silent, [], threshold) for threshold in (0, 0.15, 0.25, 0.35, 0.7)] == [0, 1, 2, 2, 2]
     assert alarms(p_silent, [5], 0.15) == 1, "5 goes on with 4"
     assert alarms(p_silent, [0], 0.15) == 2, "it spoke there at threshold 0"
+
+
+@pytest.mark.parametrize(("target", "parts"), [("train-default", 11), ("train-short", 5)])
+def test_make_asks_for_settings_that_there_are(target: str, parts: int) -> None:
+    asked = subprocess.run(["make", "-n", target], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    trained = 0
+    for line in asked.replace("\\\n", " ").splitlines():
+        words = shlex.split(line)
+        if not {"jobs.make_streams", "jobs.train"} & set(words):
+            continue
+        config = load_config(SETTINGS, words[words.index("-m") + 3 :])
+        config.section("streams", StreamsConfig)
+        config.section("training", TrainingConfig).check()
+        trained += "jobs.train" in words
+    assert trained == parts
 
 
 @pytest.mark.slow

@@ -60,7 +60,10 @@ def picture(samples: Path) -> np.ndarray:
 def test_tokens_are_those_of_the_frame_encoder(classifier: Classifier, samples: Path) -> None:
     frames = np.stack([picture(samples), title_card(np.random.default_rng(1))])
     model = ModelConfig(
-        llm="embedded", vision="embedded", frames=FrameConfig(resolution_px=SIDE, cls=True, pooled=POOLED)
+        llm="embedded",
+        vision="embedded",
+        dtype="float32",
+        frames=FrameConfig(resolution_px=SIDE, cls=True, pooled=POOLED),
     )
     expected = FrameEncoder(model, threads=1)(frames).float()
     made = classifier.tokens(classifier.trunk(torch.from_numpy(frames)), POOLED)
