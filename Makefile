@@ -51,7 +51,8 @@ SHORT_ASKED := $(SHORT_MADE) streams.seed=2410000007 'streams.sets={"asked": {$(
   "earlier": 0.6, "reminded": true, "waiting": 0.4, "quiet": 0.12, "drawn": 0.3, "blended": 0.4}}'
 MADE = data.folder=runs/default/$(1)/dialogues store.folder=runs/default/$(1)/tokens
 SHORT = training.name=$(1) model.checkpoint=runs/short/$(2) data.folder=runs/short/$(1)/dialogues \
-  store.folder=runs/short/$(1)/tokens training.folder=runs/short/runs model.dtype=bfloat16
+  store.folder=runs/short/$(1)/tokens training.folder=runs/short/runs model.dtype=bfloat16 \
+  training.batch_size=4 training.workers=2
 
 .PHONY: help demo serve finetune train-default train-short test test-slow cluster-test chaos soak lint
 
@@ -139,16 +140,16 @@ train-short: $(INSTALLED)
 	$(RUN) -m jobs.train $(DEFAULT) $(call SHORT,dense,connector) training.batch_size=8 training.workers=1 \
 	  training.max_steps=112 training.learning_rate=1e-3 training.connector_learning_rate=2e-4
 	$(RUN) -m jobs.make_streams $(DEFAULT) $(SHORT_WHOLE)
-	$(RUN) -m jobs.train $(DEFAULT) $(call SHORT,whole,runs/dense/checkpoint) training.batch_size=4 training.workers=2 \
+	$(RUN) -m jobs.train $(DEFAULT) $(call SHORT,whole,runs/dense/checkpoint) \
 	  training.max_steps=476 training.learning_rate=8e-4 training.connector_learning_rate=2e-4
 	$(RUN) -m jobs.make_streams $(DEFAULT) $(SHORT_CALM)
-	$(RUN) -m jobs.train $(DEFAULT) $(call SHORT,calm,runs/whole/checkpoint) training.batch_size=4 training.workers=2 \
+	$(RUN) -m jobs.train $(DEFAULT) $(call SHORT,calm,runs/whole/checkpoint) \
 	  training.max_steps=166 training.learning_rate=5e-4 training.connector_learning_rate=1e-4
 	$(RUN) -m jobs.make_streams $(DEFAULT) $(SHORT_KINDS)
-	$(RUN) -m jobs.train $(DEFAULT) $(call SHORT,kinds,runs/calm/checkpoint) training.batch_size=4 training.workers=2 \
+	$(RUN) -m jobs.train $(DEFAULT) $(call SHORT,kinds,runs/calm/checkpoint) \
 	  training.max_steps=120 training.learning_rate=5e-4 training.connector_learning_rate=2e-4
 	$(RUN) -m jobs.make_streams $(DEFAULT) $(SHORT_ASKED)
-	$(RUN) -m jobs.train $(DEFAULT) $(call SHORT,asked,runs/kinds/checkpoint) training.batch_size=4 training.workers=2 \
+	$(RUN) -m jobs.train $(DEFAULT) $(call SHORT,asked,runs/kinds/checkpoint) \
 	  training.max_steps=90 training.learning_rate=4e-4 training.connector_learning_rate=1e-4
 	$(RUN) -m jobs.export_checkpoint $(DEFAULT) model.checkpoint=runs/short/runs/asked/checkpoint \
 	  export.average_with=runs/short/runs/kinds/checkpoint export.share=0.6 export.folder=runs/short/model export.replace=true

@@ -195,6 +195,7 @@ def report(config: Config) -> None:
     """Grade and write the report."""
     reporter = Reporter(config)
     settings = reporter.settings
+    streams = config.section("streams", StreamsConfig)
     films = _films(settings)
     results: dict[str, object] = {}
     change = CHANGES[1]
@@ -205,7 +206,6 @@ def report(config: Config) -> None:
         tokens = [reporter.encode(stream.frames) for stream in dev]
         change = _best_change(reporter, tokens, [_events(stream) for stream in dev])
         if settings.calibrate:
-            streams = config.section("streams", StreamsConfig)
             quiet = QuietHours(reporter, streams, settings.dev_quiet_hours, films.dev.scenes, DEV_QUIET_SEED)
             results["calibration"] = _calibrate(reporter, dev, tokens, quiet, str(config.model.checkpoint))
     elif settings.calibrate:
@@ -222,7 +222,6 @@ def report(config: Config) -> None:
         results["questions"] = _questions(reporter, films.test, settings.test_streams)
     if settings.quiet_hours and "quiet" in settings.parts:
         scenes = films.test.scenes if films is not None else ()
-        streams = config.section("streams", StreamsConfig)
         results["quiet"] = _quiet(reporter, QuietHours(reporter, streams, settings.quiet_hours, scenes, QUIET_SEED))
     folder = Path(settings.folder)
     folder.mkdir(parents=True, exist_ok=True)

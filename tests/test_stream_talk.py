@@ -105,6 +105,20 @@ def test_a_watcher_is_told_of_nothing_else(seed: int) -> None:
         before = turn
 
 
+def test_who_waits_is_told_every_time_and_may_wait_for_a_relative_in_vain() -> None:
+    shown = [None, "cat", "cat", None, None, "teapot", "teapot", None, None, "cat", "cat", "cat"]
+    watched = dict[str | None, int]()
+    for seed in range(200):
+        talk = Talk(Random(seed), ("cat", "dog", "teapot", "wrench"), curious=True, waits=True)
+        turns = talk.conversation(shown, "system")
+        told = sum(isinstance(turn, Assistant) and "is here now" in turn.content for turn in turns[3:])
+        if not talk.view.history[:-3]:  # nothing is remembered of a former context
+            assert told == {"cat": 2, "teapot": 1}.get(talk.watched or "", 0)
+        watched[talk.watched] = watched.get(talk.watched, 0) + 1
+    assert watched["dog"] > 20
+    assert "wrench" not in watched
+
+
 WAITED = [None, "cat", "cat", None, None, "teapot", "teapot", None, None, "cat", "cat", "cat", None, None]
 
 
