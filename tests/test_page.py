@@ -240,6 +240,22 @@ class TestInABrowser:
         finally:
             line.close()
 
+    def test_a_frame_is_taken_only_once_it_is_painted(
+        self, uncut: str, tab: Tab, app: Application, sample_video: Path
+    ) -> None:
+        tab.open(app.url)
+        tab.run(
+            """(() => {
+                const time = Object.getOwnPropertyDescriptor(HTMLMediaElement.prototype, 'currentTime');
+                Object.defineProperty(HTMLMediaElement.prototype, 'currentTime', {...time, set(value) {
+                    time.set.call(this, value);
+                    this.dispatchEvent(new Event('seeked'));
+                }});
+            })()"""
+        )
+        watch_file(tab, sample_video)
+        assert exported(tab) == uncut
+
     def test_a_wrong_key_and_a_full_server_are_said_in_words(
         self, tab: Tab, tiny: dict[str, object], redis_url: str
     ) -> None:

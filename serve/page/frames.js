@@ -5,6 +5,8 @@ const JPEG_QUALITY = 0.85;
 const MOST_WAITING_BYTES = 1 << 18;
 const LEAD_S = 2; // how far frames of a file are sent ahead of its playback
 const INSIDE_S = 0.001; // a seek to a frame's first moment may land on the frame before
+const PAINTED_MS = 200; // how long the frame from before a seek may still be the one that is drawn
+const TELLS = "VideoFrame" in globalThis; // older browsers do not say which frame is drawn
 
 /** The picture that a video shows now, as JPEG bytes; null while it shows none. */
 export class Camera {
@@ -196,10 +198,27 @@ export class FileFeed {
   }
 
   async #seek(time) {
+    const before = mediaTime(this.#reader);
     const sought = happens(this.#reader, "seeked");
     this.#reader.currentTime = time;
     await sought;
+    // Another thread paints: on a busy machine "seeked" comes first. Two moments of one frame wait in vain.
+    const until = performance.now() + PAINTED_MS;
+    while (TELLS && [null, before].includes(mediaTime(this.#reader)) && performance.now() < until) await pause();
   }
+}
+
+/** Which frame a canvas would get from a video, by its time in the file; null for none. */
+function mediaTime(video) {
+  if (!TELLS || video.readyState < HTMLMediaElement.HAVE_CURRENT_DATA) return null;
+  const frame = new VideoFrame(video);
+  const { timestamp } = frame;
+  frame.close();
+  return timestamp;
+}
+
+function pause() {
+  return new Promise((resolve) => setTimeout(resolve));
 }
 
 /** Resolves with the next such event of a video. Throws an Error for people when the video fails. */
