@@ -5,7 +5,8 @@
   quiet     hours of noise, still and slowly drifting scenes: false alarms an hour
 
 Each is graded by the session and engine that serve. Controls stand beside the model: one that says the
-classifier's name whenever the picture changes, one with a stock sentence. The results are
+classifier's name whenever the picture changes, one with a stock sentence; and, for what comes, what the classifier
+names when it is told the moment, which is about as much as can be known. The results are
 `report.folder`/report.json and report.md. What it needs: docs/default-model.md.
 """
 
@@ -69,6 +70,7 @@ ENCODED_AT_ONCE = 32
 CHANGES = (0.3, 0.5, 0.7, 0.9)  # candidates for the change detector's threshold, chosen on the dev streams
 QUIET_SEED = 900_000_000
 DEV_QUIET_SEED = 910_000_000
+LOOKED = 3  # frames that the classifier is told to look at
 PIECE = 10.0  # seconds of a sample video, at least, that are drawn together for the interval
 
 
@@ -184,6 +186,19 @@ class Reporter:
         _, places = self.classifier.named(tokens[moments, 0].float())
         names = ["something" if p < 0 else with_article(self.classifier.names[p]) for p in places.tolist()]
         return [Said(f / FPS, f"{name} comes into view.") for f, name in zip(moments, names, strict=True)]
+
+
+def classifier_told(classifier: Classifier, tokens: Tensor, times: Sequence[float]) -> list[Said]:
+    """Its likeliest names when it is told at which `times` (s) to look: the best that can be known of the tokens.
+
+    Of all tokens of the `LOOKED` frames after each time, out of `tokens` (F, N, D), the mean chances count.
+    """
+    said = list[Said]()
+    for time in times:
+        first = math.ceil(time * FPS) + 1
+        chances = classifier.chances(tokens[first : first + LOOKED].float()).mean((0, 1))[:-1]
+        said.append(Said(time, f"{with_article(classifier.names[int(chances.argmax())])} comes into view."))
+    return said
 
 
 def narration(transcript: Transcript) -> list[Said]:
@@ -430,7 +445,15 @@ def _photos(reporter: Reporter, film: PhotoFilm, count: int, change: float) -> d
     events = [_events(stream) for stream in streams]
     comes = [_coming(stream) for stream in streams]
     come_said = [[one for one in spoken if GONE not in one.text] for spoken in said]
-    return {**_with_controls(reporter, said, tokens, events, change), "model, what comes": _scored(come_said, comes)}
+    told = [
+        classifier_told(reporter.classifier, one, [event.time for event in coming])
+        for one, coming in zip(tokens, comes, strict=True)
+    ]
+    return {
+        **_with_controls(reporter, said, tokens, events, change),
+        "model, what comes": _scored(come_said, comes),
+        "classifier told when, what comes": _scored(told, comes),
+    }
 
 
 def _questions(reporter: Reporter, film: PhotoFilm, count: int) -> dict[str, object]:

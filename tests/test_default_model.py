@@ -16,10 +16,13 @@ from actors import checkpoint
 from actors.backends import build_engine, load_model
 from actors.calibration import read_calibration
 from actors.config import load_config
+from actors.efficientnet import load_embedded
 from actors.encoder import FrameEncoder
 from actors.engine import EngineConfig
 from actors.messages import SessionSettings
-from jobs.default_report import alarms, best_quiet
+from jobs.class_fields import Classifier
+from jobs.default_report import alarms, best_quiet, classifier_told
+from jobs.event_metrics import Said
 from jobs.make_streams import StreamsConfig
 from jobs.photo_streams import PhotosError
 from jobs.replay import FrameChunk, Recording, replay
@@ -55,6 +58,18 @@ def test_frames_below_a_threshold_that_follow_each_other_are_one_false_alarm() -
     assert [alarms(p_silent, [], threshold) for threshold in (0, 0.15, 0.25, 0.35, 0.7)] == [0, 1, 2, 2, 2]
     assert alarms(p_silent, [5], 0.15) == 1, "5 goes on with 4"
     assert alarms(p_silent, [0], 0.15) == 2, "it spoke there at threshold 0"
+
+
+def test_the_classifier_that_is_told_when_looks_at_what_comes_then(samples: Path) -> None:
+    config = load_config(REPOSITORY / "configs" / "embedded.yaml")
+    cat = np.array(Image.open(samples / "cat.jpg").convert("RGB").resize((224, 224)))
+    grey = np.full_like(cat, 120)
+    tokens = FrameEncoder(config.model, threads=1)(np.stack([grey] * 4 + [cat] * 5 + [grey] * 5))
+    classifier = Classifier(load_embedded())
+    there, gone = classifier_told(classifier, tokens, [1.9, 4.5])
+    assert there == Said(1.9, "a cat comes into view.")
+    assert gone.time == 4.5
+    assert "cat" not in gone.text
 
 
 @pytest.mark.parametrize(("target", "parts"), [("train-default", 11), ("train-short", 5)])
