@@ -12,8 +12,9 @@ from pathlib import Path
 
 from browser import Tab, chromium
 
-SHOWN_AT_S = 9
-QUESTION = "What is on the table?"
+ASKED_AT_S = 12
+SHOWN_AT_S = 18
+QUESTION = "What do you see?"
 FOLDER = Path(__file__).parents[1] / "docs"
 
 
@@ -22,7 +23,7 @@ def watch(tab: Tab, video: Path) -> None:
     tab.click("input[value=file]")
     tab.choose_file("#file", video)
     tab.click("#start")
-    tab.until("document.getElementById('player').currentTime > 4", deadline_s=600)
+    tab.until(f"document.getElementById('player').currentTime > {ASKED_AT_S}", deadline_s=600)
     tab.click("#question")
     tab.type(QUESTION)
     tab.key("Enter", "\r")
