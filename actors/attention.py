@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 ATTENTION = "live"
 SHORT = 1024  # positions up to which a context's scores stay in a CPU's cache for twice as many rows
 BLOCK = 32  # positions whose scores are computed together in a longer one
+ROUNDED = 64  # contexts of SDPA on a CPU are seen up to a multiple of it
 AGREEMENT = 2e-2  # how far paged attention of normal keys and values may be off in half precision
 
 
@@ -90,7 +91,9 @@ class Ragged:
         else:
             for index, span in enumerate(spans):
                 if span.length > 1:
-                    ragged.masks[index] = _later(span.length, span.past, groups, dtype, device)
+                    # Of every length the library would compile kernels of its own, and keep them.
+                    beyond = -(span.past + span.length) % ROUNDED if memory.rounded else 0
+                    ragged.masks[index] = _later(span.length, span.past, groups, dtype, device, beyond)
         return ragged
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
@@ -131,9 +134,9 @@ def ragged_attention(
     return ragged.attend(layer, rows, new_keys, new_values, scaling).unsqueeze(0), None
 
 
-def _later(length: int, past: int, groups: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """-inf where a key (past + length) is later than the query (groups x length), to be added to scores."""
-    later = torch.full((length, past + length), -torch.inf, dtype=dtype, device=device).triu(past + 1)
+def _later(length: int, past: int, groups: int, dtype: torch.dtype, device: torch.device, beyond: int = 0) -> Tensor:
+    """-inf where a key (past + length + beyond) is later than the query (groups x length), to be added to scores."""
+    later = torch.full((length, past + length + beyond), -torch.inf, dtype=dtype, device=device).triu(past + 1)
     return later.repeat(groups, 1)
 
 
@@ -170,11 +173,13 @@ def _attend_by_session(ragged: Ragged, layer: int, query: Tensor, scaling: float
     """SDPA per session; the query heads of one KV head are laid side by side as more rows."""
     output = torch.empty_like(query)
     for index, span in enumerate(ragged.spans):
-        keys, values = ragged.memory.of(layer, span.start, span.start + span.past + span.length)
+        mask = ragged.masks.get(index)
+        seen = span.past + span.length if mask is None else mask.shape[1]
+        keys, values = ragged.memory.of(layer, span.start, span.start + seen)
         kv_heads, _, width = keys.shape
-        rows = query[span.first : span.last].transpose(0, 1).reshape(1, kv_heads, -1, width)
+        rows = query[span.first : span.last].transpose(0, 1).reshape(1, kv_heads, -1, width).contiguous()
         attended = F.scaled_dot_product_attention(
-            rows, keys.unsqueeze(0), values.unsqueeze(0), attn_mask=ragged.masks.get(index), scale=scaling
+            rows, keys.unsqueeze(0), values.unsqueeze(0), attn_mask=mask, scale=scaling
         )
         output[span.first : span.last] = attended.view(-1, span.length, width).transpose(0, 1)
     return output

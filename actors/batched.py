@@ -114,7 +114,9 @@ class BatchedEngine:
         ragged = Ragged.of(self.memory, spans, self._groups)
         marks = torch.tensor(wanted, device=device, dtype=torch.long)
         hidden = self._decode(embeddings[0], torch.cat(positions).to(device), ragged, marks)
-        return self.model.base_llm.get_output_embeddings()(hidden)
+        head = self._lean.logits if self._lean is not None else self.model.base_llm.get_output_embeddings()
+        logits: Tensor = head(hidden)
+        return logits
 
     def _decode(self, embeddings: Tensor, positions: Tensor, ragged: Ragged, marks: Tensor) -> Tensor:
         """Embeddings (T, H) at `positions` (T,) to the last hidden states (R, H) at `marks` (R,)."""

@@ -45,6 +45,8 @@ class KVMemory:
         self.kv_heads = heads
         self.positions = max(positions // PAGE, 1) * PAGE
         self.head_major = device.type == "cpu" and dtype == torch.float32
+        # Whether attention also looks at positions that are not written yet, and gives them no weight.
+        self.rounded = device.type == "cpu" and not self.head_major
         token_major = (self.positions, heads, width)
         key_shape = (heads, width, self.positions) if self.head_major else token_major
         value_shape = (heads, self.positions, width) if self.head_major else token_major
@@ -91,6 +93,9 @@ class KVMemory:
             if region.length >= length:
                 rest = Region(region.start + length, region.length - length)
                 self._free[index : index + 1] = [rest] if rest.length else []
+                if self.rounded:  # a NaN that the session before has left would be one without weight, too
+                    for states in (*self.keys, *self.values):
+                        states[region.start : region.start + length].zero_()
                 return Region(region.start, length)
         raise NoCapacity(
             f"a session of {positions} positions needs {length} in one piece, {self.free_positions} of "

@@ -1,10 +1,10 @@
 """A lean forward of Llama-family decoders for the batched engine: the same function in fewer operations.
 
-The projections that read the same input are one matrix, laid out as a CPU multiplies few rows with it
-fastest (`laid_out`); norms are fused, rotary angles computed once, nothing is passed on by keyword. Only
-the last layer's wanted rows are finished. The weights of the Hugging Face modules become views of the
-fused ones, so memory is not doubled. It is used where it computes exactly the same (`LeanDecoder.of`);
-any other model runs through its own forward.
+The projections that read the same input are one matrix, laid out and multiplied as a CPU is fastest
+with few rows (`laid_out`, `product`); norms are fused, rotary angles computed once, nothing is passed on
+by keyword. Only the last layer's wanted rows are finished. The weights of the Hugging Face modules become
+views of the fused ones, so memory is not doubled. It is used where it computes exactly the same
+(`LeanDecoder.of`); any other model runs through its own forward.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ MLP_INPUTS = ("mlp.gate_proj", "mlp.up_proj")
 MLP_OUTPUT = ("mlp.down_proj",)
 ALIASING_BYTES = 2048  # rows a multiple of this apart fall into the same few sets of a CPU's first cache
 APART = 16  # numbers between two such rows
+FEW_ROWS = 64  # up to which rearranging a bfloat16 weight takes longer than what its product's other layout costs later
+WHOLE = 16  # rows of which bfloat16 products on a CPU have a multiple
 
 
 def laid_out(weight: Tensor) -> Tensor:
@@ -32,13 +34,44 @@ def laid_out(weight: Tensor) -> Tensor:
 
     Its longer side is contiguous. On a CPU rows that would meet in the same sets of the cache are kept apart:
     with SmolLM2's 3,072 outputs that makes a product of 6 rows 1.4 times as fast, one of 192 rows 1.1 times.
+    In bfloat16 on a CPU the inputs of each output are contiguous, as `product` wants them.
     """
     inputs, outputs = weight.shape
+    if _halved_on_cpu(weight):
+        return weight.t().contiguous().t()
     if outputs < inputs:
         return laid_out(weight.t()).t()
     apart = APART if weight.device.type == "cpu" and outputs * weight.itemsize % ALIASING_BYTES == 0 else 0
     stored = weight.new_empty(inputs, outputs + apart)[:, :outputs]
     return stored.copy_(weight)
+
+
+def product(rows: Tensor, weight: Tensor, added: Tensor | None = None) -> Tensor:
+    """Rows (T, inputs) times `weight` (inputs, outputs), plus `added` (outputs,) or (T, outputs).
+
+    In bfloat16 on a CPU the library rearranges the right factor in every call, which takes longer than a product
+    with few rows. There the weight becomes the left one, and the result is column-major.
+    """
+    if not _halved_on_cpu(weight) or len(rows) > FEW_ROWS:
+        return rows @ weight if added is None else torch.addmm(added, rows, weight)
+    columns = rows.t()
+    if added is None:
+        return (weight.t() @ columns).t()
+    return torch.addmm(added.t() if added.dim() == 2 else added[:, None], weight.t(), columns).t()
+
+
+def whole(rows: Tensor) -> Tensor:
+    """`rows` (T, ...) and zeros up to a multiple of WHOLE, where products are in bfloat16 on a CPU.
+
+    The library compiles kernels for every number of rows, about a megabyte each, and keeps a thousand of them.
+    A single row would run through another kernel, which is no faster than 16 rows are in this one.
+    """
+    missing = -len(rows) % WHOLE
+    return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows
+
+
+def _halved_on_cpu(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16
 
 
 @dataclass
@@ -61,10 +94,10 @@ class Projection:
         return cls(fused, torch.cat(biases) if biases else None)
 
     def __call__(self, rows: Tensor) -> Tensor:
-        return rows @ self.weight if self.bias is None else torch.addmm(self.bias, rows, self.weight)
+        return product(rows, self.weight, self.bias)
 
     def added_to(self, residual: Tensor, rows: Tensor) -> Tensor:
-        added = torch.addmm(residual, rows, self.weight)
+        added = product(rows, self.weight, residual)
         return added if self.bias is None else added + self.bias
 
 
@@ -92,7 +125,9 @@ class LeanDecoder:
         self.epsilon: float = config.rms_norm_eps
         self.rotary = decoder.rotary_emb
         self.norm: Tensor = decoder.norm.weight.detach()
-        _lay_out_head(llm)
+        self.in_wholes = _halved_on_cpu(self.norm)
+        self.head = llm.get_output_embeddings()
+        self._lay_out_head()
         self.layers = [self._fuse(layer) for layer in decoder.layers]
 
     @classmethod
@@ -109,21 +144,34 @@ class LeanDecoder:
 
     def __call__(self, embeddings: Tensor, positions: Tensor, ragged: Ragged, wanted: Tensor) -> Tensor:
         """Embeddings (T, H) at `positions` (T,) to normalised hidden states (R, H) of the rows `wanted` (R,)."""
+        given, marks = len(embeddings), len(wanted)
+        if self.in_wholes:
+            embeddings, positions, wanted = whole(embeddings), whole(positions), whole(wanted)
         cos, sin = (angles[0].unsqueeze(1) for angles in self.rotary(embeddings[None], positions[None]))
         half = self.width // 2
         sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)
         hidden = embeddings
         for index, layer in enumerate(self.layers):
-            attended = self._attend(index, layer, hidden, cos, sin, ragged)
+            attended = self._attend(index, layer, hidden, cos, sin, ragged, given)
             if index == len(self.layers) - 1:
                 attended, hidden = attended[wanted], hidden[wanted]
             hidden = layer.attention_output.added_to(hidden, attended)
             gate, up = layer.mlp_inputs(self._normalise(hidden, layer.mlp_norm)).chunk(2, -1)
             hidden = layer.mlp_output.added_to(hidden, F.silu(gate).mul_(up))
-        return self._normalise(hidden, self.norm)
+        return self._normalise(hidden, self.norm)[:marks]
 
-    def _attend(self, index: int, layer: Layer, hidden: Tensor, cos: Tensor, sin: Tensor, ragged: Ragged) -> Tensor:
-        """Attention over all sessions (T, heads x width), before its output projection."""
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states (R, H), as a call returns them, to logits (R, V)."""
+        if type(self.head) is not nn.Linear:
+            logits: Tensor = self.head(hidden)
+            return logits
+        rows = whole(hidden) if self.in_wholes else hidden
+        return product(rows, self.head.weight.t(), self.head.bias)[: len(hidden)].contiguous()
+
+    def _attend(
+        self, index: int, layer: Layer, hidden: Tensor, cos: Tensor, sin: Tensor, ragged: Ragged, given: int
+    ) -> Tensor:
+        """Attention over all sessions (T, heads x width), before its output projection: of the `given` first rows."""
         rotated = self.heads + self.kv_heads
         mixed = layer.attention_inputs(self._normalise(hidden, layer.input_norm))
         mixed = mixed.view(len(hidden), rotated + self.kv_heads, self.width)
@@ -131,11 +179,17 @@ class LeanDecoder:
         if layer.head_norm is not None:
             mixed = F.rms_norm(mixed, (self.width,), None, self.epsilon) * layer.head_norm
         mixed = torch.addcmul(mixed * cos, mixed.roll(self.width // 2, -1), sin)
-        query, key = mixed[:, : self.heads], mixed[:, self.heads :]
-        return ragged.attend(index, query, key, value, self.width**-0.5).reshape(len(hidden), -1)
+        query, key = mixed[:given, : self.heads], mixed[:given, self.heads :]
+        attended = ragged.attend(index, query, key, value[:given], self.width**-0.5).reshape(given, -1)
+        return whole(attended) if self.in_wholes else attended
 
     def _normalise(self, rows: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(rows, weight.shape, weight, self.epsilon)
+
+    def _lay_out_head(self) -> None:
+        """Its one row of a token is multiplied twice as fast; a tied embedding looks its rows up in the same."""
+        if type(self.head) is nn.Linear and self.head.weight.device.type == "cpu":
+            self.head.weight.data = laid_out(self.head.weight.detach().t()).t()
 
     def _fuse(self, layer: nn.Module) -> Layer:
         head_norm = None
@@ -151,10 +205,3 @@ class LeanDecoder:
             mlp_inputs=Projection.fuse(layer, MLP_INPUTS),
             mlp_output=Projection.fuse(layer, MLP_OUTPUT),
         )
-
-
-def _lay_out_head(llm: PreTrainedModel) -> None:
-    """Its one row of a token is multiplied twice as fast that way; a tied embedding looks its rows up in the same."""
-    head = llm.get_output_embeddings()
-    if isinstance(head, nn.Linear) and head.weight.device.type == "cpu" and head.weight.dtype == torch.float32:
-        head.weight.data = laid_out(head.weight.detach().t()).t()

@@ -17,9 +17,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from actors.attention import BLOCK, SHORT, Ragged, Span
-from actors.kv import KVMemory
-from actors.lean import ALIASING_BYTES, LeanDecoder, laid_out
+from actors.attention import BLOCK, ROUNDED, SHORT, Ragged, Span
+from actors.kv import PAGE, KVMemory
+from actors.lean import ALIASING_BYTES, FEW_ROWS, LeanDecoder, laid_out, product
 
 SIZES = {
     "vocab_size": 97,
@@ -106,6 +106,27 @@ def test_attention_in_blocks_equals_attention_at_once(past: int, length: int) ->
     assert (found - whole[0].transpose(0, 1)[past:]).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("past", [0, ROUNDED - 3, ROUNDED - 2, PAGE - 3])
+def test_in_bf16_nothing_is_seen_of_positions_that_are_not_written(past: int) -> None:
+    """Up to the end of a region, and whatever the session before has left there."""
+    config = LlamaConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=6, num_key_value_heads=2)
+    memory = KVMemory(config, PAGE, torch.bfloat16, torch.device("cpu"))
+    region = memory.reserve(PAGE)
+    for states in (*memory.keys, *memory.values):
+        states.fill_(torch.nan)
+    memory.release(region)
+    memory.reserve(PAGE)
+    total = past + 3
+    query, key, value = (torch.randn(total, heads, 4).bfloat16() for heads in (6, 2, 2))
+    for first, last in ((0, past), (past, total)):
+        if last > first:
+            ragged = Ragged.of(memory, [Span(0, last - first, 0, first)], groups=3)
+            found = ragged.attend(0, query[first:last], key[first:last], value[first:last], 0.5)
+    heads = [states.transpose(0, 1)[None].float() for states in (query, key, value)]
+    exact = torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True, scale=0.5, enable_gqa=True)
+    assert (found.float() - exact[0].transpose(0, 1)[past:]).abs().max() < 0.02
+
+
 @pytest.mark.parametrize("shape", [(48, 1024), (1024, 48), (48, 100), (512, 512)])
 def test_a_weight_keeps_its_values_and_its_long_rows_are_apart(shape: tuple[int, int]) -> None:
     weight = torch.randn(shape)
@@ -116,11 +137,50 @@ def test_a_weight_keeps_its_values_and_its_long_rows_are_apart(shape: tuple[int,
     assert long_rows.stride(0) * 4 % ALIASING_BYTES != 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 2, FEW_ROWS, FEW_ROWS + 1])
+@pytest.mark.parametrize("shape", [(48, 1024), (1024, 48)])
+def test_a_product_is_the_same_with_few_rows_and_many(shape: tuple[int, int], rows: int, dtype: torch.dtype) -> None:
+    weight = laid_out(torch.randn(shape).to(dtype))
+    states, bias, residual = (torch.randn(size).to(dtype) for size in ((rows, shape[0]), shape[1], (rows, shape[1])))
+    for added in (None, bias, residual):
+        exact = states.double() @ weight.double() + (0.0 if added is None else added.double())
+        found = product(states, weight, added)
+        assert found.dtype == dtype
+        assert torch.allclose(found.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_in_bf16_it_is_as_near_to_float32_as_the_model_itself(name: str) -> None:
+    """With one row, with few and with many, each after the other."""
+    exact, halved = build(FAMILY[name]), build(FAMILY[name]).to(torch.bfloat16)
+    sequence = torch.randn(150, 48)
+    with torch.inference_mode():
+        (expected,) = plain(exact, [sequence])
+        (theirs,) = plain(halved, [sequence.bfloat16()])
+        logits = exact.get_output_embeddings()(expected)
+        lean = LeanDecoder.of(halved)
+        assert lean is not None
+        memory = KVMemory(halved.config, 256, torch.bfloat16, torch.device("cpu"))
+        found = []
+        for first, last in ((0, 1), (1, 1 + FEW_ROWS), (1 + FEW_ROWS, 150)):
+            ragged = Ragged.of(memory, [Span(0, last - first, 0, first)], groups=3)
+            piece = sequence[first:last].bfloat16()
+            found.append(lean(piece, torch.arange(first, last), ragged, torch.arange(last - first)))
+        ours = torch.cat(found)
+        assert (lean.logits(ours).float() - logits).abs().mean() < 2 * (
+            halved.get_output_embeddings()(theirs).float() - logits
+        ).abs().mean()
+    assert (ours.float() - expected).abs().mean() < 1.5 * (theirs.float() - expected).abs().mean()
+
+
 def test_a_tied_embedding_stays_tied_and_looks_up_the_same_rows() -> None:
     llm = build(LlamaConfig(**SIZES, tie_word_embeddings=True))
     ids, states = torch.arange(97), torch.randn(3, 48)
     embedded, logits = llm.get_input_embeddings()(ids), llm.get_output_embeddings()(states)
-    assert LeanDecoder.of(llm) is not None
+    lean = LeanDecoder.of(llm)
+    assert lean is not None
+    assert (lean.logits(states) - logits).abs().max() < 1e-5
     assert llm.get_input_embeddings().weight is llm.get_output_embeddings().weight
     assert torch.equal(llm.get_input_embeddings()(ids), embedded)
     assert (llm.get_output_embeddings()(states) - logits).abs().max() < 1e-5
