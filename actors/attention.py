@@ -177,6 +177,7 @@ def _attend_by_session(ragged: Ragged, layer: int, query: Tensor, scaling: float
         seen = span.past + span.length if mask is None else mask.shape[1]
         keys, values = ragged.memory.of(layer, span.start, span.start + seen)
         kv_heads, _, width = keys.shape
+        # Contiguous also where reshaping copies nothing: a row out of column-major ones falls to SDPA's slow path.
         rows = query[span.first : span.last].transpose(0, 1).reshape(1, kv_heads, -1, width).contiguous()
         attended = F.scaled_dot_product_attention(
             rows, keys.unsqueeze(0), values.unsqueeze(0), attn_mask=mask, scale=scaling

@@ -93,9 +93,10 @@ class KVMemory:
             if region.length >= length:
                 rest = Region(region.start + length, region.length - length)
                 self._free[index : index + 1] = [rest] if rest.length else []
-                if self.rounded:  # a NaN that the session before has left would be one without weight, too
-                    for states in (*self.keys, *self.values):
-                        states[region.start : region.start + length].zero_()
+                if self.rounded:  # a NaN left by the session before stays one where its weight is zero
+                    for layer in range(len(self.keys)):
+                        for states in self.of(layer, region.start, region.start + length):
+                            states.zero_()
                 return Region(region.start, length)
         raise NoCapacity(
             f"a session of {positions} positions needs {length} in one piece, {self.free_positions} of "

@@ -60,16 +60,6 @@ def product(rows: Tensor, weight: Tensor, added: Tensor | None = None) -> Tensor
     return torch.addmm(added.t() if added.dim() == 2 else added[:, None], weight.t(), columns).t()
 
 
-def whole(rows: Tensor) -> Tensor:
-    """`rows` (T, ...) and zeros up to a multiple of WHOLE, where products are in bfloat16 on a CPU.
-
-    The library compiles kernels for every number of rows, about a megabyte each, and keeps a thousand of them.
-    A single row would run through another kernel, which is no faster than 16 rows are in this one.
-    """
-    missing = -len(rows) % WHOLE
-    return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows
-
-
 def _halved_on_cpu(weight: Tensor) -> bool:
     return weight.device.type == "cpu" and weight.dtype == torch.bfloat16
 
@@ -144,15 +134,13 @@ class LeanDecoder:
 
     def __call__(self, embeddings: Tensor, positions: Tensor, ragged: Ragged, wanted: Tensor) -> Tensor:
         """Embeddings (T, H) at `positions` (T,) to normalised hidden states (R, H) of the rows `wanted` (R,)."""
-        given, marks = len(embeddings), len(wanted)
-        if self.in_wholes:
-            embeddings, positions, wanted = whole(embeddings), whole(positions), whole(wanted)
         cos, sin = (angles[0].unsqueeze(1) for angles in self.rotary(embeddings[None], positions[None]))
         half = self.width // 2
         sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)
-        hidden = embeddings
+        marks = len(wanted)
+        hidden, wanted = self._whole(embeddings), self._whole(wanted)
         for index, layer in enumerate(self.layers):
-            attended = self._attend(index, layer, hidden, cos, sin, ragged, given)
+            attended = self._attend(index, layer, hidden, cos, sin, ragged)
             if index == len(self.layers) - 1:
                 attended, hidden = attended[wanted], hidden[wanted]
             hidden = layer.attention_output.added_to(hidden, attended)
@@ -165,23 +153,28 @@ class LeanDecoder:
         if type(self.head) is not nn.Linear:
             logits: Tensor = self.head(hidden)
             return logits
-        rows = whole(hidden) if self.in_wholes else hidden
-        return product(rows, self.head.weight.t(), self.head.bias)[: len(hidden)].contiguous()
+        return product(self._whole(hidden), self.head.weight.t(), self.head.bias)[: len(hidden)].contiguous()
 
-    def _attend(
-        self, index: int, layer: Layer, hidden: Tensor, cos: Tensor, sin: Tensor, ragged: Ragged, given: int
-    ) -> Tensor:
-        """Attention over all sessions (T, heads x width), before its output projection: of the `given` first rows."""
+    def _attend(self, index: int, layer: Layer, hidden: Tensor, cos: Tensor, sin: Tensor, ragged: Ragged) -> Tensor:
+        """Attention over all sessions (T, heads x width), before its output projection."""
         rotated = self.heads + self.kv_heads
-        mixed = layer.attention_inputs(self._normalise(hidden, layer.input_norm))
-        mixed = mixed.view(len(hidden), rotated + self.kv_heads, self.width)
+        mixed = layer.attention_inputs(self._normalise(hidden, layer.input_norm))[: len(cos)]
+        mixed = mixed.view(len(cos), rotated + self.kv_heads, self.width)
         value, mixed = mixed[:, rotated:], mixed[:, :rotated]
         if layer.head_norm is not None:
             mixed = F.rms_norm(mixed, (self.width,), None, self.epsilon) * layer.head_norm
         mixed = torch.addcmul(mixed * cos, mixed.roll(self.width // 2, -1), sin)
-        query, key = mixed[:given, : self.heads], mixed[:given, self.heads :]
-        attended = ragged.attend(index, query, key, value[:given], self.width**-0.5).reshape(given, -1)
-        return whole(attended) if self.in_wholes else attended
+        query, key = mixed[:, : self.heads], mixed[:, self.heads :]
+        return self._whole(ragged.attend(index, query, key, value, self.width**-0.5).reshape(len(cos), -1))
+
+    def _whole(self, rows: Tensor) -> Tensor:
+        """`rows` (T, ...), in bfloat16 on a CPU with zeros up to a multiple of WHOLE.
+
+        The library compiles kernels for every number of rows, about a megabyte each, and keeps a thousand of them.
+        A single row would run through another kernel, which is no faster than 16 rows are in this one.
+        """
+        missing = -len(rows) % WHOLE if self.in_wholes else 0
+        return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows
 
     def _normalise(self, rows: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(rows, weight.shape, weight, self.epsilon)
