@@ -142,24 +142,26 @@ class _Project(torch.autograd.Function):
 
 
 class _Normalise(torch.autograd.Function):
-    """x / rms(x) * weight, with a frozen weight. For float32 on a CPU, which has no such kernel."""
+    """x / rms(x) * weight, with a frozen weight; computed in float32. For a CPU, which has no such kernel."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, rows: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        norms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+        wide = rows.float()
+        norms = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         scale = norms.square_().div_(rows.shape[-1]).add_(epsilon).rsqrt_()
         ctx.save_for_backward(rows, scale)
         ctx.weight = weight  # type: ignore[attr-defined]
-        return (rows * scale).mul_(weight)
+        return (wide * scale).to(rows.dtype).mul_(weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, scale = ctx.saved_tensors  # type: ignore[attr-defined]
-        found = gradient * ctx.weight  # type: ignore[attr-defined]
-        along = torch.linalg.vecdot(found, rows).unsqueeze(-1)
+        found = (gradient * ctx.weight).float()  # type: ignore[attr-defined]
+        wide = rows.float()
+        along = torch.linalg.vecdot(found, wide).unsqueeze(-1)
         along = along.mul_(scale.pow(3)).div_(-rows.shape[-1])
-        return found.mul_(scale).addcmul_(rows, along), None, None
+        return found.mul_(scale).addcmul_(wide, along).to(rows.dtype), None, None
 
 
 class _Rotate(torch.autograd.Function):
@@ -285,7 +287,7 @@ class AdaptedDecoder:
         return layer.mlp_output(cast(Tensor, _Gate.apply(both)), hidden)
 
     def _normalise(self, rows: Tensor, weight: Tensor) -> Tensor:
-        if rows.dtype == torch.float32 and not rows.is_cuda:
+        if not rows.is_cuda:
             return cast(Tensor, _Normalise.apply(rows, weight, self.epsilon))
         return F.rms_norm(rows, weight.shape, weight, self.epsilon)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from actors import half_attention
 from actors.dialogue import IGNORED, Rendered
 
 try:
@@ -124,6 +125,8 @@ def _common(dialogues: Sequence[Rendered]) -> int:
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    if half_attention.applies(query):
+        return half_attention.attend(query, key, value, scaling)
     query, key, value = (states.transpose(0, 1).unsqueeze(0) for states in (query, key, value))
     attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
     return attended.squeeze(0).transpose(0, 1)

@@ -109,7 +109,7 @@ class StreamMaker:
                 fields[start:stop] = self._with_thing(fields[start:stop], name, cut, random, torch_random)
                 allowed[start:stop] = [{*names, self.classifier.names[name]} for names in allowed[start:stop]]
                 self._flash(fields, stop, random, torch_random)
-        noise = torch.randn(length, 1, 320, generator=torch_random) @ self.material.natural.T
+        noise = torch.randn(length, 1, len(self.material.natural), generator=torch_random) @ self.material.natural.T
         fields = fields + float(random.choice((0, 0.03, 0.08))) * noise
         tokens = self.classifier.tokens(fields, self.pooled)
         sure, place = self.classifier.named(tokens[:, 0])
@@ -152,7 +152,7 @@ class StreamMaker:
                     put.append((start, stop, words))
                 self._flash(fields, stop, random, torch_random)
             before = stop
-        noise = torch.randn(length, 1, 320, generator=torch_random) @ self.material.natural.T
+        noise = torch.randn(length, 1, len(self.material.natural), generator=torch_random) @ self.material.natural.T
         fields = fields + float(random.choice((0, 0.03, 0.08))) * noise
         tokens = self.classifier.tokens(fields, self.pooled)
         chances = self.classifier.chances(tokens[:, 0])[:, :-1]

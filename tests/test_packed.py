@@ -60,9 +60,15 @@ def frames_of(rendered: list[Rendered]) -> list[Tensor]:
     return [torch.randn(one.num_frames, 10, WIDTH, generator=generator) for one in rendered]
 
 
-def model_of(family: str, targets: str | list[str] = EVERYWHERE, dropout: float = 0) -> VideoLLM:
+def model_of(
+    family: str,
+    targets: str | list[str] = EVERYWHERE,
+    dropout: float = 0,
+    dtype: torch.dtype = torch.float32,
+) -> VideoLLM:
     torch.manual_seed(0)
     llm = AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES[family]), dtype=torch.float32)
+    llm.to(torch.bfloat16).to(dtype)  # the same numbers in both types
     frames = FrameConfig(resolution_px=32, pooled=(3, 3), separator=",")
     config = ModelConfig(llm="tiny", vision="tiny", frames=frames, dtype="float32", stream_loss_weight=0.5)
     adapter = AdapterConfig(rank=3, alpha=6, dropout=dropout, targets=targets)
@@ -106,6 +112,26 @@ def test_a_pack_has_the_loss_and_gradients_of_its_dialogues(family: str, recompu
     assert model._adapted is not None
     torch.testing.assert_close(found.weighted, expected, rtol=1e-5, atol=0)
     check_equal(gradients(model, found.weighted), wanted)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pack_in_bfloat16_learns_as_nearly_the_same_as_the_familys_own_forward(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rendered = dialogues()
+    pack, frames = Packed.of(rendered), torch.cat(frames_of(rendered))
+
+    def learned(model: VideoLLM) -> Tensor:
+        return torch.cat([one.flatten() for one in gradients(model, model.packed_loss(pack, frames).weighted).values()])
+
+    exact = learned(model_of(family))
+    half = model_of(family, dtype=torch.bfloat16)
+    own = learned(half)
+    assert half._adapted is not None
+    monkeypatch.setattr(AdaptedDecoder, "of", lambda llm: None)
+    usual = learned(model_of(family, dtype=torch.bfloat16))
+    assert not torch.equal(own, usual)
+    assert (own - exact).norm() <= 1.25 * (usual - exact).norm()
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "down_proj"], ["lm_head"]])
