@@ -61,7 +61,8 @@ class _Attend(torch.autograd.Function):
         of_key, of_value = (torch.zeros(s.shape, dtype=torch.float32) for s in (key, value))
         for start in range(0, length, ROWS):
             stop = min(start + ROWS, length)
-            count, shape = stop - start, (*grouped[:2], stop - start, stop)
+            count = stop - start
+            shape = (*grouped[:2], count, stop)
             asking, changing = (part[:, :, start:stop].flatten(1, 2) for part in (queries, gradients))
             weights = torch.bmm(asking, keys[..., :stop])
             weights.view(shape)[..., start:] += later[:count, :count]

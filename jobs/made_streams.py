@@ -109,9 +109,7 @@ class StreamMaker:
                 fields[start:stop] = self._with_thing(fields[start:stop], name, cut, random, torch_random)
                 allowed[start:stop] = [{*names, self.classifier.names[name]} for names in allowed[start:stop]]
                 self._flash(fields, stop, random, torch_random)
-        noise = torch.randn(length, 1, len(self.material.natural), generator=torch_random) @ self.material.natural.T
-        fields = fields + float(random.choice((0, 0.03, 0.08))) * noise
-        tokens = self.classifier.tokens(fields, self.pooled)
+        tokens = self.classifier.tokens(self._noisy(fields, random, torch_random), self.pooled)
         sure, place = self.classifier.named(tokens[:, 0])
         seen = [self.classifier.names[p] if s >= SURE and p >= 0 else None for s, p in zip(sure, place, strict=True)]
         return Made(tokens.half(), [_agreed(name, names) for name, names in zip(seen, allowed, strict=True)])
@@ -152,9 +150,7 @@ class StreamMaker:
                     put.append((start, stop, words))
                 self._flash(fields, stop, random, torch_random)
             before = stop
-        noise = torch.randn(length, 1, len(self.material.natural), generator=torch_random) @ self.material.natural.T
-        fields = fields + float(random.choice((0, 0.03, 0.08))) * noise
-        tokens = self.classifier.tokens(fields, self.pooled)
+        tokens = self.classifier.tokens(self._noisy(fields, random, torch_random), self.pooled)
         chances = self.classifier.chances(tokens[:, 0])[:, :-1]
         sure, place = chances.max(-1)
         seen = [self.classifier.names[p] if s >= self.sure else None for s, p in zip(sure.tolist(), place, strict=True)]
@@ -340,6 +336,12 @@ class StreamMaker:
             strength[int(random.integers(4, count - 1))] = 0
         wobble = 1 + 0.08 * torch.randn(count, generator=torch_random)
         return strength * wobble, amount
+
+    def _noisy(self, fields: Tensor, random: np.random.Generator, torch_random: torch.Generator) -> Tensor:
+        """Fields (F, 49, C) with noise of each frame's own, alike in all its cells; often none."""
+        natural = self.material.natural
+        noise = torch.randn(len(fields), 1, len(natural), generator=torch_random) @ natural.T
+        return fields + float(random.choice((0, 0.03, 0.08))) * noise
 
     def _flash(self, fields: Tensor, at: int, random: np.random.Generator, torch_random: torch.Generator) -> None:
         """Sometimes a single picture of something else, soon after `at`."""
